@@ -1,0 +1,104 @@
+"""What current versions of the stack need beside mmengine 0.10: a check and two registrations.
+
+Nothing here replaces or patches a function of another package.
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.logging import HistoryBuffer
+from packaging.specifiers import SpecifierSet
+
+# Distribution -> (versions that work together, how to get one). mmdet 3.3 and mmseg 1.2 refuse
+# mmcv >= 2.2 (open-mmlab/mmcv#3096); a newer mmengine breaks `package::config` inheritance.
+STACK = {
+    "torch": (SpecifierSet(">=2.6"), 'pip install "torch>=2.6"'),
+    "mmengine": (SpecifierSet(">=0.10.5,<0.11"), 'pip install "mmengine>=0.10.5,<0.11"'),
+    "mmcv": (
+        SpecifierSet(">=2.0.0,<2.2.0"),
+        'pip install "setuptools<81" && '
+        "MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0",
+    ),
+    "mmdet": (SpecifierSet(">=3.3,<3.4"), 'pip install "mmdet>=3.3,<3.4"'),
+    "mmsegmentation": (SpecifierSet(">=1.2.2,<1.3"), 'pip install "mmsegmentation>=1.2.2,<1.3"'),
+    "mmpretrain": (SpecifierSet(">=1.2,<1.3"), 'pip install "mmpretrain>=1.2,<1.3"'),
+}
+
+
+class StackError(ImportError):
+    """Raised when an installed package lies outside the versions that work together."""
+
+
+def stack_problems() -> list[str]:
+    """Lists the installed packages that do not fit mmvmamba.
+
+    A package that is not installed is no problem: a user of mmdet alone needs no mmseg.
+
+    Returns:
+        One line per package: what is there, what is needed and the command that mends it.
+    """
+    problems = []
+    for name, (window, command) in STACK.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if not window.contains(found, prereleases=True):
+            problems.append(f"{name} {found} is installed, mmvmamba needs {window}: {command}")
+    return problems
+
+
+def check_stack() -> None:
+    """Refuses a stack that cannot work.
+
+    Raises:
+        StackError: With a line per package that does not fit.
+    """
+    problems = stack_problems()
+    if problems:
+        raise StackError("\n  ".join(["the installed packages do not fit together.", *problems]))
+
+
+def _history_buffer_statistic(owner: type, name: str):
+    """Stands in for `getattr` in a checkpoint's message hub, and for that use only.
+
+    Raises:
+        ValueError: On any other attribute of any other object.
+    """
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise ValueError(
+            f"the checkpoint asks for attribute {name!r} of {owner!r}, which is refused"
+        )
+    return getattr(owner, name)
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Lets `torch.load(weights_only=True)` read what mmengine itself writes into checkpoints.
+
+    mmengine 0.10 stores its message hub (scalars as `HistoryBuffer`, numpy arrays) beside the
+    weights and reads it back without saying `weights_only` (open-mmlab/mmengine#1655). Only these
+    classes are let in; the check stays on.
+    """
+    core = sys.modules[np.ndarray.__reduce__(np.empty(0))[0].__module__]
+    allowed = [HistoryBuffer, np.ndarray, np.dtype]
+    allowed += sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)
+    for function in (core._reconstruct, core.scalar):
+        # Files written under numpy 1 name the module's old place.
+        allowed += [
+            (function, f"numpy.{package}.multiarray.{function.__name__}")
+            for package in ("core", "_core")
+        ]
+    allowed.append((_history_buffer_statistic, "builtins.getattr"))
+    torch.serialization.add_safe_globals(allowed)
+
+
+def register_config_scope() -> None:
+    """Makes `_base_ = 'mmvmamba::folder/config.py'` work in other projects.
+
+    mmengine keeps a closed table of packages (open-mmlab/mmengine#1410). The entry names a module,
+    not the distribution: that is found for a wheel, an editable install and a plain checkout alike.
+    """
+    MODULE2PACKAGE.setdefault("mmvmamba", "mmvmamba.registry")

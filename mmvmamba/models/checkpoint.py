@@ -1,0 +1,262 @@
+"""Official state dicts and ours: reading, translating and strict loading.
+
+The backbone's parameter names are the official repository's, so a translation only adds or strips
+prefixes. Every load reports what became of each key and refuses what it cannot place.
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+# Where the weights stand in the files we know, in the order of preference: mmengine's own, then
+# the official classification files, whose moving average is what the published accuracy belongs to.
+STATE_DICT_ENTRIES = ("state_dict", "model_ema", "model")
+
+
+class CheckpointError(RuntimeError):
+    """Raised when a checkpoint cannot be read or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every key in a load.
+
+    Attributes:
+        source: The file or URL.
+        entry: The entry of the file that held the weights, '' when the file is the state dict.
+        loaded: Keys of the model that were set from the file.
+        kept: Keys of the model that the file does not have and that kept their initial value.
+        ignored: Keys of the file that belong to another part of a network.
+    """
+
+    source: str
+    entry: str
+    loaded: tuple[str, ...]
+    kept: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded from {self.source}"]
+        if self.entry:
+            lines[0] += f" ({self.entry})"
+        if self.kept:
+            lines.append(f"{len(self.kept)} keep their initial value: {_shorten(self.kept)}")
+        if self.ignored:
+            lines.append(f"{len(self.ignored)} in the file not used: {_shorten(self.ignored)}")
+        return "; ".join(lines)
+
+
+def _shorten(keys, most: int = 8) -> str:
+    keys = sorted(keys)
+    more = f", ... ({len(keys) - most} more)" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """Reads a checkpoint on the CPU without running anything from it.
+
+    Args:
+        source: A local path, or a URL (or any other address mmengine's loader knows).
+
+    Returns:
+        What the file holds, tensors on the CPU.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, damaged, not a checkpoint, or holds
+            objects other than tensors, plain containers and mmengine's own records.
+    """
+    source = str(source)
+    # The official files carry their training configuration as a yacs CfgNode, a kind of dict: it
+    # is read as a plain dict and never as a class of another package.
+    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        try:
+            if "://" in source:
+                checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
+            else:
+                path = Path(source).expanduser()
+                _check_file(path)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{source} holds more than weights, or is no checkpoint, and was not opened: "
+                f"{str(error).splitlines()[0]} If you made it yourself, save its state dict alone."
+            ) from error
+        except (RuntimeError, EOFError, OSError, URLError, ValueError, KeyError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{source} cannot be read as a checkpoint, it is damaged or incomplete: "
+                f"{str(error).splitlines()[0]} Fetch or write it again."
+            ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"{source} holds a {type(checkpoint).__name__}, expected a dict with a state dict "
+            f"(under {', '.join(STATE_DICT_ENTRIES)}) or a state dict itself."
+        )
+    return checkpoint
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what torch would read without noticing the fault, or with a message of no help."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"checkpoint {path} {what} (working directory: {Path.cwd()}). "
+            "Give the path of a .pth file; training does not start without it."
+        )
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty. Fetch or write it again.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            try:
+                damaged = archive.testzip()
+            except zipfile.BadZipFile as error:
+                damaged = str(error)
+        if damaged:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged (checksum of {damaged!r} does not match). "
+                "Fetch or write it again."
+            )
+
+
+def find_state_dict(checkpoint: Mapping, source: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Finds the weights in what `read_checkpoint` returned.
+
+    Args:
+        checkpoint: The file's content.
+        source: The file's name, for messages.
+
+    Returns:
+        The entry's name ('' if the checkpoint is a state dict itself) and the state dict, without
+        the 'module.' that data-parallel wrappers add.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    for entry in (*STATE_DICT_ENTRIES, ""):
+        state = checkpoint.get(entry) if entry else checkpoint
+        if isinstance(state, Mapping) and state and all(torch.is_tensor(v) for v in state.values()):
+            return entry, {key.removeprefix("module."): value for key, value in state.items()}
+    raise CheckpointError(
+        f"{source} has no state dict: expected one under {', '.join(STATE_DICT_ENTRIES)}, or a "
+        f"file that is one. It has: {_shorten(map(str, checkpoint))}."
+    )
+
+
+def is_official_classifier(state: Mapping[str, Tensor]) -> bool:
+    """Tells whether a state dict has the official classification model's layout."""
+    return "patch_embed.0.weight" in state and any(k.startswith("classifier.") for k in state)
+
+
+def classifier_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames an official classification state dict to that of our `ImageClassifier` configs.
+
+    `classifier.*` becomes `head.*` (`VMambaClsHead`), all else `backbone.*`. The official
+    backbone's `outnorm{i}`, which a classifier does not have, are left out.
+    """
+    return {
+        "head." + key.removeprefix("classifier.")
+        if key.startswith("classifier.")
+        else "backbone." + key: value
+        for key, value in state.items()
+        if not key.startswith("outnorm")
+    }
+
+
+def classifier_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the state dict of our `ImageClassifier` configs to the official layout.
+
+    Raises:
+        CheckpointError: If a key belongs to neither the backbone nor the head.
+    """
+    official = {}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        if part not in ("backbone", "head"):
+            raise CheckpointError(
+                f"key {key!r} is neither the backbone's nor the head's: not a classifier of ours."
+            )
+        official[f"classifier.{name}" if part == "head" else name] = value
+    return official
+
+
+def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = None) -> LoadReport:
+    """Loads a backbone's weights, strictly.
+
+    Takes official classification files (`model_ema` before `model`), official and mmengine
+    detection, segmentation and classification files (`backbone.*`), and bare state dicts.
+
+    Args:
+        backbone: A `VMamba`; its `out_indices` say which `outnorm{i}` it has.
+        source: A local path or a URL.
+        prefix: Where the backbone stands in the file. Without it, 'backbone.' if the file has such
+            keys, else the file's top level.
+
+    Returns:
+        What was loaded. The only keys that may keep their initial value are `outnorm{i}`, and only
+        if the file has none of them, as a classification file has not.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or a key is missing, unknown or of another
+            shape. The backbone is then unchanged.
+    """
+    entry, state = find_state_dict(read_checkpoint(source), source)
+    if prefix is None:
+        prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    elif prefix and not prefix.endswith("."):
+        prefix += "."
+    ignored = [key for key in state if not key.startswith(prefix)]
+    state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    if not state:
+        raise CheckpointError(
+            f"{source} has no key that starts with {prefix!r}; it has {_shorten(ignored)}."
+        )
+
+    expected = backbone.state_dict()
+    foreign = [
+        key
+        for key in state
+        if key.startswith("classifier.") or (key.startswith("outnorm") and key not in expected)
+    ]
+    ignored += [prefix + key for key in foreign]
+    has_outnorm = any(key.startswith("outnorm") for key in state)
+    state = {key: state[key] for key in state if key not in set(foreign)}
+    missing = [key for key in expected if key not in state]
+    kept = [] if has_outnorm else [key for key in missing if key.startswith("outnorm")]
+    missing = [key for key in missing if key not in set(kept)]
+    unknown = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        # A 1x1 convolution's weight for a linear layer is taken as it is.
+        if key in expected and not _same_linear(value.shape, expected[key].shape)
+    ]
+    faults = [
+        f"{len(keys)} {what}: {_shorten(keys)}"
+        for what, keys in (
+            ("keys are missing", missing),
+            ("keys are unknown", unknown),
+            ("shapes differ", shapes),
+        )
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{source} does not fit this backbone and nothing was loaded. "
+            + "; ".join(faults)
+            + ". Check that `arch` and the other arguments are those the file was trained with."
+        )
+    backbone.load_state_dict(state, strict=False)
+    return LoadReport(str(source), entry, tuple(state), tuple(kept), tuple(ignored))
+
+
+def _same_linear(found: torch.Size, expected: torch.Size) -> bool:
+    return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))

@@ -1,0 +1,168 @@
+"""The building blocks of VMamba around the SS2D mixer.
+
+All of them take and return maps in channels-last order, (B, H, W, C).
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NORMS = ("ln", "bn")
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+NormName = Literal["ln", "bn"]
+ActivationName = Literal["gelu", "relu", "silu"]
+
+
+class ToChannelsLast(nn.Module):
+    """A view of an NCHW tensor as (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    """A view of a (B, H, W, C) tensor as NCHW, in torch's channels_last memory format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation of the last dimension of (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def build_norm(norm: NormName, channels: int) -> nn.Module:
+    """Makes a normalisation over the last dimension."""
+    return nn.LayerNorm(channels, eps=1e-5) if norm == "ln" else BatchNorm(channels)
+
+
+def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, norm: NormName):
+    """Makes the stem: NCHW images to (B, ceil(H/4), ceil(W/4), channels), floor for 'v1'.
+
+    'v1' is one 4x4 convolution of stride 4 (vanilla VMamba), 'v2' two 3x3 convolutions of stride 2.
+    The modules' places in the sequence are the official parameter names.
+    """
+    if version == "v1":
+        return nn.Sequential(
+            nn.Conv2d(in_channels, channels, kernel_size=4, stride=4),
+            ToChannelsLast(),
+            build_norm(norm, channels),
+        )
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1),
+        ToChannelsLast(),
+        build_norm(norm, channels // 2),
+        ToChannelsFirst(),
+        nn.GELU(),
+        nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1),
+        ToChannelsLast(),
+        build_norm(norm, channels),
+    )
+
+
+class PatchMerging(nn.Module):
+    """Halves a map by joining each 2x2 group of positions, as Swin Transformer does.
+
+    An odd height or width is padded with zeros.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: NormName):
+        super().__init__()
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
+        self.norm = build_norm(norm, 4 * in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
+        # (B, H/2, row, W/2, column, C): the row offset varies fastest among the four parts.
+        x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x))
+
+
+def build_downsample(
+    version: Literal["v1", "v2", "v3"], in_channels: int, out_channels: int, norm: NormName
+) -> nn.Module:
+    """Makes the step between two stages: half the height and width, other channels.
+
+    'v1' is patch merging, 'v2' a 2x2 convolution, 'v3' a 3x3 convolution with padding.
+    """
+    if version == "v1":
+        return PatchMerging(in_channels, out_channels, norm)
+    kernel, padding = (2, 0) if version == "v2" else (3, 1)
+    return nn.Sequential(
+        ToChannelsFirst(),
+        nn.Conv2d(in_channels, out_channels, kernel_size=kernel, stride=2, padding=padding),
+        ToChannelsLast(),
+        build_norm(norm, out_channels),
+    )
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them, on the last dimension."""
+
+    def __init__(self, channels: int, hidden: int, act: ActivationName, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.fc2 = nn.Linear(hidden, channels)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class VSSBlock(nn.Module):
+    """A visual state-space block (paper, section 4.2 and figure 3 (d)).
+
+    `x + drop_path(mixer(norm(x)))`, then the same with an MLP; vanilla VMamba has no second half.
+
+    Args:
+        channels: Channels of the map.
+        op: The mixer, from (B, H, W, C) to the same shape.
+        norm: Normalisation before the mixer and the MLP.
+        mlp_ratio: Hidden channels of the MLP over `channels`; 0 for no MLP.
+        mlp_act: Activation of the MLP.
+        mlp_drop: Dropout rate in the MLP.
+        drop_path: Rate at which a sample skips a branch in training.
+        with_cp: Whether to recompute the block in the backward pass instead of storing it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        op: nn.Module,
+        norm: NormName,
+        mlp_ratio: float,
+        mlp_act: ActivationName,
+        mlp_drop: float = 0.0,
+        drop_path: float = 0.0,
+        with_cp: bool = False,
+    ):
+        super().__init__()
+        self.norm = build_norm(norm, channels)
+        self.op = op
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.mlp = None
+        if mlp_ratio > 0:
+            self.norm2 = build_norm(norm, channels)
+            self.mlp = Mlp(channels, int(channels * mlp_ratio), mlp_act, mlp_drop)
+        self.with_cp = with_cp
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)

@@ -1,0 +1,283 @@
+"""The mixers: SS2D (paper, section 4.3) and its Mamba-2 variant."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvmamba.models.layers import ACTIVATIONS, ActivationName, ToChannelsFirst, ToChannelsLast
+from mmvmamba_kernels import selective_scan, selective_scan_2d, state_space_dual
+
+SCANS = ("cross2d", "unidi", "bidi", "cascade2d")
+INITS = ("mamba", "rand", "zero")
+DIRECTIONS = 4
+
+ScanName = Literal["cross2d", "unidi", "bidi", "cascade2d"]
+InitName = Literal["mamba", "rand", "zero"]
+
+# Mamba's range of time steps at initialisation.
+DT_MIN, DT_MAX = 1e-3, 1e-1
+
+
+class SS2D(nn.Module):
+    """2D selective scan: projections, depth-wise convolution, the scan, normalisation.
+
+    Args:
+        channels: Channels C of the map.
+        d_state: State size N of each channel.
+        ssm_ratio: Channels inside the mixer over C.
+        dt_rank: Rank R of the time step's projection.
+        scan: The paths along which the map is scanned.
+        gated: Whether a second branch multiplies the scan's output (vanilla VMamba).
+        dwconv: Whether a depth-wise 3x3 convolution stands before the scan.
+        dwconv_bias: Whether that convolution has a bias.
+        act: Activation before the scan, and of the gate.
+        init: 'mamba' (time steps log-uniform in [1e-3, 1e-1], A = -(1..N)), or 'rand' and 'zero',
+            the alternatives of the paper's appendix H.2.
+        drop: Dropout rate of the output.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        d_state: int,
+        ssm_ratio: float,
+        dt_rank: int,
+        scan: ScanName = "cross2d",
+        gated: bool = False,
+        dwconv: bool = True,
+        dwconv_bias: bool = False,
+        act: ActivationName = "silu",
+        init: InitName = "mamba",
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        inner = int(ssm_ratio * channels)
+        self.scan, self.gated = scan, gated
+        self.dt_rank, self.d_state = dt_rank, d_state
+        self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias=False)
+        self.conv2d = depthwise_conv(inner, dwconv_bias) if dwconv else None
+        self.act = ACTIVATIONS[act]()
+        self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
+        self._init_ssm(inner, d_state, dt_rank, init)
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.dropout = nn.Dropout(drop)
+
+    def _init_ssm(self, inner: int, d_state: int, dt_rank: int, init: InitName) -> None:
+        shape = (DIRECTIONS, inner)
+        if init == "mamba":
+            bound = dt_rank**-0.5
+            dt_weight = torch.empty(*shape, dt_rank).uniform_(-bound, bound)
+            dt_bias = inverse_softplus_of_log_uniform(shape)
+            a_log = torch.arange(1, d_state + 1).float().log().expand(*shape, d_state)
+        else:
+            draw = torch.randn if init == "rand" else torch.rand
+            dt_weight, dt_bias = 0.1 * draw(*shape, dt_rank), 0.1 * draw(shape)
+            a_log = torch.randn(*shape, d_state) if init == "rand" else torch.zeros(*shape, d_state)
+        self.dt_projs_weight = nn.Parameter(dt_weight)
+        self.dt_projs_bias = nn.Parameter(dt_bias)
+        # The official names join directions and channels into one dimension.
+        self.A_logs = nn.Parameter(a_log.flatten(0, 1).clone())
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes a map.
+
+        Args:
+            x: (B, H, W, C).
+
+        Returns:
+            (B, H, W, C).
+        """
+        x = self.in_proj(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+        x = self.act(x if self.conv2d is None else conv_channels_last(self.conv2d, x))
+        y = self.out_norm(self._scan(x))
+        if self.gated:
+            y = y * self.act(gate)
+        return self.dropout(self.out_proj(y))
+
+    def _scan(self, x: Tensor) -> Tensor:
+        if self.scan == "cascade2d":
+            # Rows first, then columns, each on a normalised map (paper, figure 12: cascade scan).
+            inner = x.shape[-1:]
+            x = self._scan_lines(F.layer_norm(x, inner), slice(0, 2))
+            x = self._scan_lines(F.layer_norm(x, inner).transpose(1, 2), slice(2, 4))
+            return x.transpose(1, 2)
+        # Linear in x at the same position: one matrix product serves all directions.
+        proj = F.linear(x, self.x_proj_weight.flatten(0, 1))
+        return selective_scan_2d(
+            x,
+            proj.unflatten(-1, self.x_proj_weight.shape[:2]),
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self._per_direction(-self.A_logs.float().exp()),
+            self._per_direction(self.Ds),
+            pattern=self.scan,
+        )
+
+    def _scan_lines(self, x: Tensor, directions: slice) -> Tensor:
+        """Scans every line of (B, lines, L, D) on its own, forward and reversed, and sums both."""
+        lines = x.flatten(0, 1)
+        paths = torch.stack([lines, lines.flip(1)], dim=1)
+        projected = torch.einsum("skld,kcd->skcl", paths, self.x_proj_weight[directions])
+        dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        y = selective_scan(
+            paths.transpose(2, 3).flatten(1, 2),
+            torch.einsum("skrl,kdr->skdl", dt, self.dt_projs_weight[directions]).flatten(1, 2),
+            self._per_direction(-self.A_logs.float().exp())[directions].flatten(0, 1),
+            b,
+            c,
+            self._per_direction(self.Ds)[directions].flatten(),
+            self.dt_projs_bias[directions].flatten(),
+            delta_softplus=True,
+        )
+        # The reversed path's output is added in the order it was scanned, not turned back: the
+        # official models were trained so.
+        return y.unflatten(1, (2, -1)).sum(1).transpose(1, 2).unflatten(0, x.shape[:2])
+
+    def _per_direction(self, parameter: Tensor) -> Tensor:
+        """Splits the official joint dimension of directions and channels."""
+        return parameter.unflatten(0, (DIRECTIONS, -1))
+
+
+class Mamba2Mixer(nn.Module):
+    """SS2D with Mamba-2's state-space duality in place of the selective scan.
+
+    Channels are grouped into `heads` that share one decay and one time step per position, and the
+    time step is projected at full rank.
+
+    Args:
+        channels: Channels C of the map.
+        d_state: State size N.
+        ssm_ratio: Channels inside the mixer over C.
+        heads: Number of heads; the inner channels must divide by it.
+        dwconv: Whether a depth-wise 3x3 convolution stands before the scan.
+        dwconv_bias: Whether that convolution has a bias.
+        act: Activation before the scan.
+        init: 'rand' or 'zero' as in the paper's appendix H.2, or 'mamba'.
+        drop: Dropout rate of the output.
+
+    Raises:
+        ValueError: If the inner channels do not divide by `heads`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        d_state: int,
+        ssm_ratio: float,
+        heads: int,
+        dwconv: bool = True,
+        dwconv_bias: bool = False,
+        act: ActivationName = "gelu",
+        init: InitName = "zero",
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        inner = int(ssm_ratio * channels)
+        if inner % heads:
+            raise ValueError(
+                f"the Mamba-2 mixer has {inner} inner channels, which do not divide into "
+                f"{heads} heads (dt_rank). Choose dt_rank so that it divides ssm_ratio * dims."
+            )
+        self.heads, self.d_state = heads, d_state
+        self.in_proj = nn.Linear(channels, inner, bias=False)
+        self.conv2d = None
+        if dwconv:
+            # In a sequence because the official parameter is named `conv2d.1`.
+            self.conv2d = nn.Sequential(
+                ToChannelsFirst(), depthwise_conv(inner, dwconv_bias), ToChannelsLast()
+            )
+        self.act = ACTIVATIONS[act]()
+        self.x_proj_weight = nn.Parameter(projection_weight(heads + 2 * d_state, inner))
+        shape = (DIRECTIONS, heads)
+        if init == "mamba":
+            dt_bias, a_log = inverse_softplus_of_log_uniform(shape), torch.zeros(shape)
+        else:
+            draw = torch.randn if init == "rand" else torch.rand
+            dt_bias = 0.1 * draw(shape)
+            a_log = torch.randn(shape) if init == "rand" else torch.zeros(shape)
+        self.dt_projs_bias = nn.Parameter(dt_bias)
+        self.A_logs = nn.Parameter(a_log)
+        self.Ds = nn.Parameter(torch.ones(DIRECTIONS, heads, inner // heads))
+        self.out_norm = nn.LayerNorm(inner, eps=1e-5)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.dropout = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes a map, (B, H, W, C) to (B, H, W, C)."""
+        x = self.in_proj(x)
+        x = self.act(x if self.conv2d is None else self.conv2d(x))
+        return self.dropout(self.out_proj(self.out_norm(self._scan(x))))
+
+    def _scan(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        paths = cross_paths(x)
+        projected = torch.einsum("bkld,kcd->bklc", paths, self.x_proj_weight)
+        dt, b, c = projected.split([self.heads, self.d_state, self.d_state], dim=-1)
+        y = state_space_dual(
+            paths.unflatten(-1, (self.heads, -1)),
+            dt,
+            -self.A_logs.float().exp(),
+            b,
+            c,
+            self.Ds,
+            dt_bias=self.dt_projs_bias,
+        )
+        return cross_merge(y.flatten(-2), height, width)
+
+
+def cross_paths(x: Tensor) -> Tensor:
+    """Lays a map out along the four paths of the cross scan (paper, figure 2).
+
+    Args:
+        x: (B, H, W, D).
+
+    Returns:
+        (B, 4, L, D): row-major, column-major, and both reversed.
+    """
+    paths = torch.stack([x.flatten(1, 2), x.transpose(1, 2).flatten(1, 2)], dim=1)
+    return torch.cat([paths, paths.flip(2)], dim=1)
+
+
+def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
+    """Sums at each position what the four paths of `cross_paths` gave.
+
+    Args:
+        y: (B, 4, L, D).
+        height: H of the map.
+        width: W of the map.
+
+    Returns:
+        (B, H, W, D).
+    """
+    y = y[:, :2] + y[:, 2:].flip(2)
+    return y[:, 0].unflatten(1, (height, width)) + y[:, 1].unflatten(1, (width, height)).transpose(
+        1, 2
+    )
+
+
+def depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=bias)
+
+
+def conv_channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def projection_weight(out_features: int, in_features: int) -> Tensor:
+    """The four directions' projections, (4, out, in), each as torch initialises a linear layer."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(DIRECTIONS, out_features, in_features).uniform_(-bound, bound)
+
+
+def inverse_softplus_of_log_uniform(shape: tuple[int, ...]) -> Tensor:
+    """Biases whose softplus is log-uniform in [DT_MIN, DT_MAX], as Mamba initialises time steps."""
+    dt = torch.exp(torch.empty(shape).uniform_(math.log(DT_MIN), math.log(DT_MAX)))
+    # log(exp(dt) - 1), without cancellation for small dt.
+    return dt + torch.log(-torch.expm1(-dt))

@@ -1,0 +1,502 @@
+"""The VMamba backbone ("VMamba: Visual State Space Model", arXiv 2401.10166v3)."""
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmvmamba.models.checkpoint import LoadReport, load_backbone
+from mmvmamba.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    ActivationName,
+    NormName,
+    VSSBlock,
+    build_downsample,
+    build_norm,
+    build_stem,
+)
+from mmvmamba.models.ss2d import INITS, SCANS, SS2D, InitName, Mamba2Mixer, ScanName
+from mmvmamba.registry import MODELS
+
+
+@dataclass(frozen=True)
+class Arch:
+    """An architecture, checked at construction.
+
+    Attributes:
+        dims: Channels of the first stage, doubled from stage to stage, or one number per stage.
+        depths: Blocks per stage.
+        d_state: State size N of each channel.
+        ssm_ratio: Channels inside the mixer over the stage's.
+        dt_rank: Rank of the time step's projection (heads of the Mamba-2 mixer); 'auto' is
+            ceil(dim / 16).
+        mixer: 'ss2d' or 'mamba2'.
+        scan: 'cross2d', 'unidi', 'bidi' or 'cascade2d' (paper, table 10).
+        gated: Whether SS2D has the multiplicative branch.
+        dwconv: Whether SS2D has its depth-wise convolution.
+        dwconv_bias: Whether that convolution has a bias.
+        act: Activation in the mixer: 'silu', 'gelu' or 'relu' (paper, table 15).
+        init: 'mamba', 'rand' or 'zero' (paper, table 11).
+        ssm_drop: Dropout rate after the mixer.
+        mlp_ratio: Hidden channels of the MLP over the stage's; 0 for no MLP.
+        mlp_act: Activation of the MLP.
+        mlp_drop: Dropout rate in the MLP.
+        norm: 'ln' or 'bn'.
+        stem: 'v1' (one 4x4 convolution) or 'v2' (two 3x3 convolutions).
+        downsample: 'v1' (patch merging), 'v2' (2x2 convolution) or 'v3' (3x3 convolution).
+        drop_path_rate: Stochastic depth's largest rate, reached in the last block.
+    """
+
+    dims: int | Sequence[int]
+    depths: Sequence[int]
+    d_state: int = 1
+    ssm_ratio: float = 1.0
+    dt_rank: int | Literal["auto"] = "auto"
+    mixer: Literal["ss2d", "mamba2"] = "ss2d"
+    scan: ScanName = "cross2d"
+    gated: bool = False
+    dwconv: bool = True
+    dwconv_bias: bool = False
+    act: ActivationName = "silu"
+    init: InitName = "mamba"
+    ssm_drop: float = 0.0
+    mlp_ratio: float = 4.0
+    mlp_act: ActivationName = "gelu"
+    mlp_drop: float = 0.0
+    norm: NormName = "ln"
+    stem: Literal["v1", "v2"] = "v2"
+    downsample: Literal["v1", "v2", "v3"] = "v3"
+    drop_path_rate: float = 0.2
+
+    def __post_init__(self):
+        _check_positive_integers("depths", self.depths)
+        if isinstance(self.dims, int):
+            object.__setattr__(self, "dims", [self.dims * 2**i for i in range(len(self.depths))])
+        _check_positive_integers("dims", self.dims)
+        if len(self.dims) != len(self.depths):
+            raise ValueError(
+                f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: "
+                f"{self.dims!r}, {self.depths!r}. Give one number of each per stage."
+            )
+        for name, valid in (
+            ("mixer", ("ss2d", "mamba2")),
+            ("scan", SCANS),
+            ("act", tuple(ACTIVATIONS)),
+            ("init", INITS),
+            ("mlp_act", tuple(ACTIVATIONS)),
+            ("norm", NORMS),
+            ("stem", ("v1", "v2")),
+            ("downsample", ("v1", "v2", "v3")),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                raise ValueError(f"{name}={value!r} is unknown, choose from {', '.join(valid)}.")
+        for name in ("ssm_drop", "mlp_drop", "drop_path_rate"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r} must be a rate in [0, 1).")
+        for name in ("gated", "dwconv", "dwconv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not isinstance(self.d_state, int) or self.d_state < 1:
+            raise ValueError(f"d_state={self.d_state!r} must be an integer of at least 1.")
+        if not _is_number(self.ssm_ratio) or int(self.ssm_ratio * min(self.dims)) < 1:
+            raise ValueError(
+                f"ssm_ratio={self.ssm_ratio!r} must be a number that leaves at least one channel."
+            )
+        if not _is_number(self.mlp_ratio) or self.mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio!r} must be a number of at least 0.")
+        if self.dt_rank != "auto" and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
+            raise ValueError(f"dt_rank={self.dt_rank!r} must be 'auto' or a positive integer.")
+        if self.mixer == "mamba2" and (self.gated or self.scan != "cross2d"):
+            raise ValueError("mixer='mamba2' has no gate and no other scan than 'cross2d'.")
+        if self.stem == "v2" and self.dims[0] % 2:
+            raise ValueError(f"stem='v2' needs an even number of channels, dims[0]={self.dims[0]}.")
+
+    def rank(self, stage: int) -> int:
+        """The time step's rank (or number of heads) in a stage."""
+        return math.ceil(self.dims[stage] / 16) if self.dt_rank == "auto" else self.dt_rank
+
+    @property
+    def min_size(self) -> int:
+        """The smallest image side, in pixels, that every stage can take."""
+        stem = 4 if self.stem == "v1" else 1
+        # A 2x2 convolution without padding needs two positions; the others round up.
+        return 4 * 2 ** (len(self.dims) - 1) if self.downsample == "v2" else stem
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_positive_integers(name: str, values) -> None:
+    if (
+        isinstance(values, str)
+        or not isinstance(values, Sequence)
+        or not values
+        or not all(isinstance(v, int) and v > 0 for v in values)
+    ):
+        raise ValueError(f"{name}={values!r} must be positive integers, one per stage.")
+
+
+def _vanilla(dims: int, depth: int, drop_path_rate: float) -> Arch:
+    return Arch(
+        dims=dims,
+        depths=(2, 2, depth, 2),
+        d_state=16,
+        ssm_ratio=2.0,
+        gated=True,
+        dwconv_bias=True,
+        mlp_ratio=0.0,
+        stem="v1",
+        downsample="v1",
+        drop_path_rate=drop_path_rate,
+    )
+
+
+def _vmamba(dims: int, ssm_ratio: float, depth: int, drop_path_rate: float) -> Arch:
+    return Arch(
+        dims=dims, depths=(2, 2, depth, 2), ssm_ratio=ssm_ratio, drop_path_rate=drop_path_rate
+    )
+
+
+def _mamba2(dims: int, depth: int, drop_path_rate: float) -> Arch:
+    return Arch(
+        dims=dims,
+        depths=(2, 2, depth, 2),
+        d_state=64,
+        mixer="mamba2",
+        act="gelu",
+        init="zero",
+        drop_path_rate=drop_path_rate,
+    )
+
+
+@MODELS.register_module()
+class VMamba(BaseModule):
+    """VMamba, a backbone of linear complexity in the number of positions.
+
+    Parameter names are the official repository's. Maps are channels-last inside; what goes in and
+    comes out is NCHW.
+
+    Args:
+        arch: A name of `arch_settings`, or a dict of `Arch`'s attributes. 'tiny', 'small' and
+            'base' are the paper's VMamba-T, -S and -B.
+        in_channels: Channels of the image.
+        out_indices: Stages whose maps are returned, all by default; negative numbers count from
+            the last.
+        outnorm: Whether each returned map passes a normalisation of its own (`outnorm{i}`).
+            Classifiers say False, since `VMambaClsHead` normalises.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
+        with_cp: Whether to recompute blocks in the backward pass (gradient checkpointing).
+        init_cfg: mmengine's initialisation. `dict(type='Pretrained', checkpoint=...)` takes
+            official files and mmengine checkpoints, and is strict: see `load_backbone`.
+        drop_path_rate, d_state, ssm_ratio, dt_rank, scan, gated, dwconv, dwconv_bias, act, init,
+            mlp_ratio, norm: Where given, these take the place of the arch's own; see `Arch`.
+
+    Raises:
+        ValueError: On an unknown arch or a wrong value; the message lists what is valid.
+        TypeError: On an unknown argument.
+
+    Examples:
+        >>> model = VMamba("tiny-s1l8")
+        >>> [tuple(x.shape) for x in model(torch.zeros(1, 3, 64, 96))]
+        [(1, 96, 16, 24), (1, 192, 8, 12), (1, 384, 4, 6), (1, 768, 2, 3)]
+    """
+
+    arch_settings = {  # noqa: RUF012 (OpenMMLab's name for a class-level table)
+        "vanilla-tiny": _vanilla(96, 9, 0.2),
+        "vanilla-small": _vanilla(96, 27, 0.3),
+        "vanilla-base": _vanilla(128, 27, 0.6),
+        "tiny-s2l5": _vmamba(96, 2.0, 5, 0.2),
+        "tiny-s1l8": _vmamba(96, 1.0, 8, 0.2),
+        "small-s2l15": _vmamba(96, 2.0, 15, 0.3),
+        "small-s1l20": _vmamba(96, 1.0, 20, 0.3),
+        "base-s2l15": _vmamba(128, 2.0, 15, 0.6),
+        "base-s1l20": _vmamba(128, 1.0, 20, 0.5),
+        "tiny-m2": _mamba2(96, 4, 0.2),
+        "small-m2": _mamba2(96, 12, 0.3),
+        "base-m2": _mamba2(128, 12, 0.3),
+    }
+    arch_aliases = {"tiny": "tiny-s1l8", "small": "small-s2l15", "base": "base-s2l15"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        arch: str | dict = "tiny",
+        *,
+        in_channels: int = 3,
+        out_indices: Sequence[int] | None = None,
+        outnorm: bool = True,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        drop_path_rate: float | None = None,
+        d_state: int | None = None,
+        ssm_ratio: float | None = None,
+        dt_rank: int | Literal["auto"] | None = None,
+        scan: ScanName | None = None,
+        gated: bool | None = None,
+        dwconv: bool | None = None,
+        dwconv_bias: bool | None = None,
+        act: ActivationName | None = None,
+        init: InitName | None = None,
+        mlp_ratio: float | None = None,
+        norm: NormName | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        changes = {
+            "drop_path_rate": drop_path_rate,
+            "d_state": d_state,
+            "ssm_ratio": ssm_ratio,
+            "dt_rank": dt_rank,
+            "scan": scan,
+            "gated": gated,
+            "dwconv": dwconv,
+            "dwconv_bias": dwconv_bias,
+            "act": act,
+            "init": init,
+            "mlp_ratio": mlp_ratio,
+            "norm": norm,
+        }
+        changes = {name: value for name, value in changes.items() if value is not None}
+        self.arch = arch = dataclasses.replace(self.find_arch(arch), **changes)
+        stages = len(arch.depths)
+        self.out_indices = _stage_indices(
+            range(stages) if out_indices is None else out_indices, stages
+        )
+        if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= stages:
+            raise ValueError(
+                f"frozen_stages={frozen_stages!r} must be an integer from -1 (nothing) to {stages}."
+            )
+        self.frozen_stages = frozen_stages
+
+        self.patch_embed = build_stem(arch.stem, in_channels, arch.dims[0], arch.norm)
+        last = max(sum(arch.depths) - 1, 1)
+        rates = (arch.drop_path_rate * i / last for i in itertools.count())
+        self.layers = nn.ModuleList()
+        for stage, depth in enumerate(arch.depths):
+            layer = nn.Module()
+            layer.blocks = nn.Sequential(
+                *(self._build_block(stage, next(rates), with_cp) for _ in range(depth))
+            )
+            if stage < stages - 1:
+                layer.downsample = build_downsample(
+                    arch.downsample, arch.dims[stage], arch.dims[stage + 1], arch.norm
+                )
+            self.layers.append(layer)
+        if outnorm:
+            for i in self.out_indices:
+                self.add_module(f"outnorm{i}", build_norm(arch.norm, arch.dims[i]))
+        self.outnorm = outnorm
+
+        self.apply(_init_module)
+        self._register_load_state_dict_pre_hook(self._accept_conv_weights)
+        self._freeze_stages()
+
+    @classmethod
+    def find_arch(cls, arch: str | dict) -> Arch:
+        """Looks an architecture up by name, or makes it from a dict.
+
+        Raises:
+            ValueError: If the name or an attribute is unknown; the message lists the known ones.
+        """
+        if isinstance(arch, str):
+            name = cls.arch_aliases.get(arch, arch)
+            if name not in cls.arch_settings:
+                raise ValueError(
+                    f"arch={arch!r} is unknown{_suggest(arch, cls.arch_settings)} Choose from "
+                    f"{', '.join((*cls.arch_settings, *cls.arch_aliases))}, or give a dict."
+                )
+            return cls.arch_settings[name]
+        if not isinstance(arch, dict):
+            raise ValueError(f"arch must be a name or a dict, got {type(arch).__name__}.")
+        fields = {f.name: f for f in dataclasses.fields(Arch)}
+        for name in arch:
+            if name not in fields:
+                raise ValueError(
+                    f"arch has an unknown attribute {name!r}{_suggest(name, fields)} "
+                    f"Known are {', '.join(fields)}."
+                )
+        missing = [name for name in ("dims", "depths") if name not in arch]
+        if missing:
+            raise ValueError(f"arch={arch!r} lacks {' and '.join(missing)}.")
+        return Arch(**arch)
+
+    def _build_block(self, stage: int, drop_path: float, with_cp: bool) -> VSSBlock:
+        arch = self.arch
+        dim, rank = arch.dims[stage], arch.rank(stage)
+        common = {
+            "dwconv": arch.dwconv,
+            "dwconv_bias": arch.dwconv_bias,
+            "act": arch.act,
+            "init": arch.init,
+            "drop": arch.ssm_drop,
+        }
+        if arch.mixer == "mamba2":
+            op = Mamba2Mixer(dim, arch.d_state, arch.ssm_ratio, heads=rank, **common)
+        else:
+            op = SS2D(
+                dim,
+                arch.d_state,
+                arch.ssm_ratio,
+                dt_rank=rank,
+                scan=arch.scan,
+                gated=arch.gated,
+                **common,
+            )
+        return VSSBlock(
+            dim,
+            op,
+            arch.norm,
+            arch.mlp_ratio,
+            arch.mlp_act,
+            mlp_drop=arch.mlp_drop,
+            drop_path=drop_path,
+            with_cp=with_cp,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the stages' maps.
+
+        Args:
+            x: Images, (B, in_channels, H, W), of any height and width.
+
+        Returns:
+            For each stage i of `out_indices`, in ascending order, a map (B, C_i, H_i, W_i) with
+            strides of about 4, 8, 16 and 32 pixels.
+
+        Raises:
+            ValueError: If an image side is smaller than what the stem and the downsampling take.
+        """
+        least = self.arch.min_size
+        if min(x.shape[-2:]) < least:
+            raise ValueError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} pixels are too small: this backbone "
+                f"(stem={self.arch.stem!r}, downsample={self.arch.downsample!r}) needs at least "
+                f"{least}x{least}. Resize or pad them."
+            )
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        outs = []
+        for i, layer in enumerate(self.layers):
+            x = layer.blocks(x)
+            if i in self.out_indices:
+                out = getattr(self, f"outnorm{i}")(x) if self.outnorm else x
+                outs.append(out.permute(0, 3, 1, 2))
+            if i < len(self.layers) - 1:
+                x = layer.downsample(x)
+        return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialises as `init_cfg` says; without one, the constructor's weights stay.
+
+        Raises:
+            CheckpointError: If `init_cfg` names a checkpoint that cannot be loaded completely.
+        """
+        if self._is_init:
+            return
+        configured = self.init_cfg
+        listed = [configured] if isinstance(configured, dict) else list(configured or [])
+        pretrained = [c for c in listed if c["type"] in ("Pretrained", PretrainedInit)]
+        # mmengine's own loader is not strict and goes on when a file does not fit.
+        self.init_cfg = [c for c in listed if c not in pretrained]
+        super().init_weights()
+        self.init_cfg = configured
+        for cfg in pretrained:
+            self.load_pretrained(cfg["checkpoint"], prefix=cfg.get("prefix"))
+
+    def load_pretrained(self, source: str, prefix: str | None = None) -> LoadReport:
+        """Loads weights strictly and logs what became of every key; see `load_backbone`."""
+        report = load_backbone(self, source, prefix)
+        print_log(f"{type(self).__name__}: {report}", logger="current")
+        return report
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Tells a parameter's depth for layer-wise learning-rate decay.
+
+        Args:
+            param_name: The parameter's name in the whole model.
+            prefix: What stands before the backbone's own names.
+
+        Returns:
+            The depth, 0 for the stem, and the number of depths. Whatever follows the stages, and
+            parameters of other parts of the model, have the last depth.
+        """
+        depths = self.arch.depths
+        num_layers = sum(depths) + 2
+        name = param_name.removeprefix(prefix)
+        if not param_name.startswith(prefix) or name.split(".")[0] not in ("patch_embed", "layers"):
+            return num_layers - 1, num_layers
+        if name.startswith("patch_embed"):
+            return 0, num_layers
+        _, stage, part, block, *_ = name.split(".")
+        before = sum(depths[: int(stage)])
+        # A downsampling step goes with the last block of its stage.
+        return before + (int(block) + 1 if part == "blocks" else depths[int(stage)]), num_layers
+
+    def train(self, mode: bool = True) -> "VMamba":
+        """Sets the mode; frozen stages keep to evaluation."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        modules = [self.patch_embed, *self.layers[: self.frozen_stages]]
+        norms = (f"outnorm{i}" for i in range(self.frozen_stages))
+        return modules + [getattr(self, name) for name in norms if hasattr(self, name)]
+
+    def _freeze_stages(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+
+    def _accept_conv_weights(self, state_dict, prefix, *_) -> None:
+        """Official files of channels-first models hold linear weights as 1x1 convolutions."""
+        for name, parameter in self.named_parameters():
+            value = state_dict.get(prefix + name)
+            if parameter.ndim == 2 and value is not None and value.shape[2:] == (1, 1):
+                state_dict[prefix + name] = value.flatten(1)
+
+
+def _stage_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
+    if isinstance(out_indices, int):
+        out_indices = (out_indices,)
+    for i in out_indices:
+        if not isinstance(i, int) or not -stages <= i < stages:
+            raise ValueError(
+                f"out_indices={out_indices!r} holds {i!r}; there are {stages} stages, "
+                f"0 to {stages - 1}."
+            )
+    indices = tuple(sorted({i % stages for i in out_indices}))
+    if not indices:
+        raise ValueError("out_indices is empty: name at least one stage.")
+    return indices
+
+
+def _suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _init_module(module: nn.Module) -> None:
+    """Linear layers as in Swin Transformer, norms as identity; the mixers' own stay as made."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,70 @@
+"""Reads the golden data: small models computed with the official implementation."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+CASES = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
+VARIANTS = json.loads((DATA / "variants.json").read_text())
+
+
+@dataclass
+class Golden:
+    """One case: official arguments, weights, input, outputs and, in some cases, gradients."""
+
+    kwargs: dict
+    weights: dict[str, Tensor]
+    input: Tensor
+    outs: list[Tensor]
+    logits: Tensor
+    grad_outs: list[Tensor]
+    grad_input: Tensor | None
+    grads: dict[str, Tensor]
+
+    @property
+    def backbone_kwargs(self) -> dict:
+        """The official arguments with `out_indices` for all stages."""
+        return self.kwargs | {"out_indices": tuple(range(len(self.outs)))}
+
+    @property
+    def backbone_weights(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.weights.items() if not k.startswith("classifier.")}
+
+
+def load(case: str) -> Golden:
+    with np.load(DATA / "golden" / f"{case}.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+
+    def tensor(array):
+        tensor = torch.from_numpy(array)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def numbered(prefix):
+        count = sum(name.startswith(prefix) for name in arrays)
+        return [tensor(arrays[f"{prefix}{i}"]) for i in range(count)]
+
+    def named(prefix):
+        return {
+            k.removeprefix(prefix): tensor(v) for k, v in arrays.items() if k.startswith(prefix)
+        }
+
+    return Golden(
+        kwargs=json.loads(str(arrays["meta"]))["kwargs"],
+        weights=named("w:"),
+        input=tensor(arrays["input"]),
+        outs=numbered("out"),
+        logits=tensor(arrays["logits"]),
+        grad_outs=numbered("gout"),
+        grad_input=tensor(arrays["ginput"]) if "ginput" in arrays else None,
+        grads=named("g:"),
+    )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest deviation over the largest magnitude."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()

@@ -1,0 +1,271 @@
+"""Strict loading: what fits is loaded and reported, what does not is refused by name."""
+
+import collections
+import pickle
+import sys
+import types
+
+import golden
+import pytest
+import torch
+
+from mmvmamba.models import MM_VSSM, VMamba
+from mmvmamba.models.checkpoint import (
+    CheckpointError,
+    classifier_from_official,
+    classifier_to_official,
+    find_state_dict,
+    load_backbone,
+    read_checkpoint,
+)
+
+ARCH = {"dims": 8, "depths": (1, 1)}
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(1)
+    return VMamba(ARCH).state_dict()
+
+
+def backbone(**kwargs):
+    torch.manual_seed(2)
+    return VMamba(ARCH, **kwargs)
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def without_outnorm(state):
+    return {k: v for k, v in state.items() if not k.startswith("outnorm")}
+
+
+def assert_loaded(model, state):
+    for name, value in model.state_dict().items():
+        if name in state:
+            assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("wrap", ["bare", "state_dict", "model", "mmengine", "ddp"])
+def test_layouts(tmp_path, state, wrap):
+    content = {
+        "bare": state,
+        "state_dict": {"state_dict": state},
+        "model": {"model": state, "epoch": 3},
+        "mmengine": {
+            "meta": {},
+            "state_dict": {f"backbone.{k}": v for k, v in state.items()}
+            | {"neck.w": torch.ones(1)},
+        },
+        "ddp": {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    }[wrap]
+    model = backbone()
+    report = load_backbone(model, save(tmp_path / "a.pth", content))
+    assert_loaded(model, state)
+    assert len(report.loaded) == len(state)
+    assert report.kept == ()
+    assert report.ignored == (("neck.w",) if wrap == "mmengine" else ())
+
+
+def test_moving_average_is_preferred(tmp_path, state):
+    other = {k: torch.zeros_like(v) for k, v in state.items()}
+    model = backbone()
+    report = load_backbone(model, save(tmp_path / "a.pth", {"model": other, "model_ema": state}))
+    assert report.entry == "model_ema"
+    assert_loaded(model, state)
+
+
+def test_classification_file_may_lack_outnorm_and_only_that(tmp_path, state):
+    content = without_outnorm(state) | {"classifier.head.weight": torch.ones(10, 16)}
+    model = backbone()
+    report = load_backbone(model, save(tmp_path / "a.pth", {"model": content}))
+    assert set(report.kept) == {f"outnorm{i}.{n}" for i in (0, 1) for n in ("weight", "bias")}
+    assert report.ignored == ("classifier.head.weight",)
+    assert "classifier.head.weight" in str(report)
+    assert "keep their initial value: outnorm0.bias" in str(report)
+    assert_loaded(model, content)
+
+
+def test_outnorms_that_are_not_returned_are_ignored(tmp_path, state):
+    model = backbone(out_indices=(1,))
+    report = load_backbone(model, save(tmp_path / "a.pth", state))
+    assert set(report.ignored) == {"outnorm0.weight", "outnorm0.bias"}
+
+
+def test_convolution_weights_of_linear_layers_are_taken(tmp_path, state):
+    as_convolutions = {
+        k: v[:, :, None, None]
+        if (v.ndim == 2 and "proj.weight" in k) or (".fc" in k and v.ndim == 2)
+        else v
+        for k, v in state.items()
+    }
+    assert any(v.shape[2:] == (1, 1) for v in as_convolutions.values())
+    model = backbone()
+    load_backbone(model, save(tmp_path / "a.pth", as_convolutions))
+    assert_loaded(model, state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layers.0.blocks.0.op.A_logs"), r"1 keys are missing: layers.0.*A_logs"),
+        (lambda s: s.pop("outnorm1.weight"), r"1 keys are missing: outnorm1.weight"),
+        (lambda s: s.update(extra=torch.ones(1)), r"1 keys are unknown: extra"),
+        (
+            lambda s: s.update({"patch_embed.0.weight": torch.ones(3, 3, 3, 3)}),
+            r"1 shapes differ: patch_embed.0.weight \(3, 3, 3, 3\), expected \(4, 3, 3, 3\)",
+        ),
+    ],
+)
+def test_any_other_difference_is_refused_and_changes_nothing(tmp_path, state, change, message):
+    change(state)
+    model = backbone()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_backbone(model, save(tmp_path / "odd.pth", state))
+    assert "odd.pth" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere.pth does not exist"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_truncated_file(tmp_path, state, keep):
+    path = save(tmp_path / "cut.pth", state)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(keep if keep >= 1 or keep == 0 else int(size * keep))
+    with pytest.raises(CheckpointError, match=r"cut\.pth"):
+        read_checkpoint(path)
+
+
+def test_flipped_bit_in_a_tensor(tmp_path, state):
+    path = save(tmp_path / "flip.pth", state)
+    content = bytearray(path.read_bytes())
+    needle = state["layers.1.blocks.0.mlp.fc1.weight"].numpy().tobytes()
+    content[content.find(needle) + 100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"flip\.pth is damaged"):
+        read_checkpoint(path)
+
+
+def test_not_a_checkpoint(tmp_path):
+    text = tmp_path / "page.pth"
+    text.write_text("<html>404</html>")
+    with pytest.raises(CheckpointError, match=r"page\.pth"):
+        read_checkpoint(text)
+    with pytest.raises(CheckpointError, match="holds a list, expected a dict"):
+        read_checkpoint(save(tmp_path / "list.pth", [torch.ones(1)]))
+    with pytest.raises(CheckpointError, match=r"no state dict.*It has: epoch"):
+        find_state_dict({"epoch": 3}, "x.pth")
+
+
+class Payload:
+    """Runs a command when it is unpickled without care."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+def test_nothing_in_a_file_is_run(tmp_path, state):
+    mark = tmp_path / "mark"
+    path = save(tmp_path / "evil.pth", {"state_dict": state, "config": Payload(mark)})
+    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+        read_checkpoint(path)
+    assert not mark.exists()
+    # The payload does what it says where nobody looks.
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists()
+
+
+def test_official_configuration_object_is_read_as_plain_data(tmp_path, state, monkeypatch):
+    class CfgNode(dict):
+        """Stands for yacs' class, which the official training script saves beside the weights."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.__dict__["__immutable__"] = False
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    config = CfgNode({"MODEL": CfgNode({"DROP_PATH_RATE": 0.2})})
+    path = save(tmp_path / "a.pth", {"model": state, "config": config})
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    monkeypatch.delitem(sys.modules, "yacs")
+    found = read_checkpoint(path)
+    assert type(found["config"]) is collections.OrderedDict
+    assert found["config"]["MODEL"]["DROP_PATH_RATE"] == 0.2
+    load_backbone(backbone(), path)
+
+
+def test_init_cfg_is_strict(tmp_path, state):
+    path = save(tmp_path / "a.pth", without_outnorm(state))
+    model = backbone(init_cfg={"type": "Pretrained", "checkpoint": str(path)})
+    model.init_weights()
+    assert_loaded(model, without_outnorm(state))
+    missing = str(tmp_path / "nowhere.pth")
+    with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
+        backbone(init_cfg={"type": "Pretrained", "checkpoint": missing}).init_weights()
+
+
+def test_init_cfg_prefix(tmp_path, state):
+    content = {f"student.{k}": v for k, v in state.items()} | {"teacher.w": torch.ones(1)}
+    path = str(save(tmp_path / "a.pth", content))
+    model = backbone(init_cfg={"type": "Pretrained", "checkpoint": path, "prefix": "student"})
+    model.init_weights()
+    assert_loaded(model, state)
+    with pytest.raises(CheckpointError, match="no key that starts with 'nobody.'"):
+        load_backbone(backbone(), path, prefix="nobody")
+
+
+def test_init_cfg_of_another_type_and_none():
+    model = backbone(init_cfg={"type": "Constant", "layer": "Conv2d", "val": 0.5, "bias": 0.25})
+    model.init_weights()
+    assert (model.patch_embed[0].weight == 0.5).all()
+    untouched = backbone()
+    before = {k: v.clone() for k, v in untouched.state_dict().items()}
+    untouched.init_weights()
+    assert all(torch.equal(v, before[k]) for k, v in untouched.state_dict().items())
+
+
+def test_official_pretrained_argument(tmp_path, state):
+    data = golden.load("cross_s1")
+    path = save(tmp_path / "a.pth", {"model": data.weights})
+    model = MM_VSSM(**data.kwargs, pretrained=str(path)).eval()
+    assert_loaded(model, data.backbone_weights)
+    MM_VSSM(**data.kwargs, pretrained="")
+    MM_VSSM(**data.kwargs, pretrained=None)
+    with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):
+        MM_VSSM(**data.kwargs, pretrained="nowhere.pth")
+
+
+def test_classifier_keys_go_both_ways():
+    official = {k: v for k, v in golden.load("cross_s1").weights.items() if "outnorm" not in k}
+    ours = classifier_from_official(official)
+    assert {k.split(".")[0] for k in ours} == {"backbone", "head"}
+    assert "head.norm.weight" in ours
+    assert "head.head.bias" in ours
+    back = classifier_to_official(ours)
+    assert back.keys() == official.keys()
+    assert all(back[k] is official[k] for k in official)
+    with pytest.raises(CheckpointError, match="'neck.w' is neither"):
+        classifier_to_official({"neck.w": torch.ones(1)})
+
+
+def test_download_that_fails_is_named():
+    # A reserved name that no resolver answers.
+    with pytest.raises(CheckpointError, match=r"cannot be read.*weights.invalid|weights.invalid"):
+        read_checkpoint("https://weights.invalid/a.pth")

@@ -1,0 +1,42 @@
+"""Imports go one way: tools -> mmvmamba -> mmvmamba_kernels -> torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Package -> (its folder, first parts of module names that it must not import).
+RULES = {
+    "mmvmamba_kernels": (
+        ROOT / "kernels" / "mmvmamba_kernels",
+        {"mmvmamba", "mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "tools"},
+    ),
+    "mmvmamba": (ROOT / "mmvmamba", {"tools", "tests"}),
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_imports_go_one_way(package):
+    folder, forbidden = RULES[package]
+    files = [p for p in folder.rglob("*.py") if ".mim" not in p.parts]
+    assert files
+    for path in files:
+        assert not imported(path) & forbidden, path
+
+
+def test_tools_import_no_sibling_tool():
+    files = list((ROOT / "tools").rglob("*.py"))
+    assert files
+    for path in files:
+        assert "tools" not in imported(path), path
