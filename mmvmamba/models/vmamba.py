@@ -373,8 +373,8 @@ class VMamba(BaseModule):
             x: Images, (B, in_channels, H, W), of any height and width.
 
         Returns:
-            For each stage i of `out_indices`, in ascending order, a map (B, C_i, H_i, W_i) with
-            strides of about 4, 8, 16 and 32 pixels.
+            For each stage i of `out_indices`, in ascending order, a contiguous map
+            (B, C_i, H_i, W_i) with strides of about 4, 8, 16 and 32 pixels.
 
         Raises:
             ValueError: If an image side is smaller than what the stem and the downsampling take.
@@ -392,7 +392,9 @@ class VMamba(BaseModule):
             x = layer.blocks(x)
             if i in self.out_indices:
                 out = getattr(self, f"outnorm{i}")(x) if self.outnorm else x
-                outs.append(out.permute(0, 3, 1, 2))
+                # NCHW in memory too: convolutions pass channels-last strides on, and mmcv 2.1's
+                # operators (RoIAlign among them) read such maps as if they were NCHW, silently.
+                outs.append(out.permute(0, 3, 1, 2).contiguous())
             if i < len(self.layers) - 1:
                 x = layer.downsample(x)
         return tuple(outs)

@@ -117,13 +117,26 @@ def test_padding_free_downsampling_names_its_least_size():
     assert model(torch.zeros(1, 3, 32, 32))[-1].shape == (1, 64, 1, 1)
 
 
-def test_maps_are_channels_last_and_independent_of_the_input_layout():
+def test_maps_are_contiguous_and_independent_of_the_input_layout():
     model = VMamba(SMALL).eval()
     image = torch.randn(2, 3, 48, 40)
     outs = model(image)
-    assert all(o.is_contiguous(memory_format=torch.channels_last) for o in outs)
+    assert all(o.is_contiguous() for o in outs)
     again = model(image.to(memory_format=torch.channels_last))
     assert all(torch.equal(a, b) for a, b in zip(outs, again, strict=True))
+
+
+def test_maps_pass_through_a_convolution_into_roi_align():
+    """mmcv's RoIAlign reads its input as NCHW in memory, whatever the strides say."""
+    ops = pytest.importorskip("mmcv.ops")
+    model = VMamba(SMALL).eval()
+    conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+    rois = torch.tensor([[0, 2.0, 2.0, 30.0, 20.0], [1, 4.0, 8.0, 25.0, 30.0]])
+    with torch.no_grad():
+        features = conv(model(torch.randn(2, 3, 64, 64))[0])
+        found = ops.roi_align(features, rois, (7, 7), 0.25, 0, "avg", True)
+        expected = ops.roi_align(features.contiguous(), rois, (7, 7), 0.25, 0, "avg", True)
+    assert torch.equal(found, expected)
 
 
 def test_out_indices_choose_maps_and_norms():
