@@ -17,8 +17,8 @@ def _child(parent: Registry) -> Registry:
 
 MODELS = _child(mmengine_registry.MODELS)
 
-# A config inherited as `mmvmamba::...` looks its hooks, schedulers and so on up in this scope first.
-# Without a child to look into, mmengine warns of an incorrect scope before it finds its own.
+# A config inherited as `mmvmamba::...` looks its hooks, schedulers and so on up in this scope
+# first. Without a child to look into, mmengine warns of an incorrect scope before it finds its own.
 EMPTY = tuple(
     _child(registry)
     for registry in vars(mmengine_registry).values()
