@@ -2,6 +2,7 @@
 # configs/vmamba/, narrower, on smaller images and for fewer epochs, without Mixup and CutMix.
 _base_ = [
     "./_base_/arch.py",
+    "mmpretrain::_base_/models/swin_transformer/tiny_224.py",
     "mmpretrain::_base_/datasets/imagenet_bs32.py",
     "mmpretrain::_base_/default_runtime.py",
 ]
@@ -11,19 +12,23 @@ data_root = "data/sample/imagenet/"
 max_epochs = 20
 
 model = dict(
-    type="ImageClassifier",
     backbone=dict(
+        _delete_=True,
         type="mmvmamba.VMamba",
         arch={{_base_.arch}},
         out_indices=(3,),
         outnorm=False,
     ),
+    neck=None,
     head=dict(
+        _delete_=True,
         type="mmvmamba.VMambaClsHead",
         num_classes=1000,
         in_channels=256,
-        loss=dict(type="LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
+        loss=dict(type="mmpretrain.LabelSmoothLoss", label_smooth_val=0.1, mode="original"),
     ),
+    init_cfg=None,
+    train_cfg=None,
 )
 
 train_pipeline = [

@@ -1,0 +1,1 @@
+"""Training and testing: what `tools/train.py`, `tools/test.py` and the launch scripts run."""

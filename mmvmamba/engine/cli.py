@@ -1,0 +1,314 @@
+"""The command lines of `tools/train.py` and `tools/test.py`, for all three tasks."""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mmengine
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.hub import get_config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+import mmvmamba
+from mmvmamba.compat import StackError
+from mmvmamba.engine.data import check_datasets, find_data, set_data_root
+from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.launch import LAUNCHERS, prepare_launch
+from mmvmamba.engine.runner import StrictRunner
+from mmvmamba.engine.tasks import (
+    add_prediction_dump,
+    enable_drawing,
+    enable_tta,
+    scope_of,
+    set_loader_defaults,
+)
+from mmvmamba.models.checkpoint import CheckpointError
+
+CONFIG_HELP = "a config file, or a name such as mmvmamba::mask_rcnn/CONFIG.py"
+NOTICES = "notices"
+
+
+def project_folder() -> Path:
+    """The folder that holds `configs/` and `tools/`: a checkout's root, or `.mim` in an install."""
+    package = Path(mmvmamba.__file__).resolve().parent
+    checkout = package.parent
+    return checkout if (checkout / "configs").is_dir() else package / ".mim"
+
+
+def load_config(name: str) -> Config:
+    """Loads a config.
+
+    Args:
+        name: A path, relative to the working directory or to the project's folder, or
+            'package::folder/file.py'.
+
+    Returns:
+        The config.
+
+    Raises:
+        UsageError: If there is no such config, with the nearest names that exist.
+    """
+    if "::" in name:
+        try:
+            return get_config(name)
+        except FileNotFoundError as error:
+            raise UsageError(f"no config {name}: {error}") from error
+    project = project_folder()
+    for path in (Path(name).expanduser(), project / name):
+        if path.is_file():
+            return Config.fromfile(path)
+    known = {path.name: path for path in sorted((project / "configs").rglob("*.py"))}
+    near = difflib.get_close_matches(Path(name).name, known, n=3, cutoff=0.5)
+    hint = "".join(f"\n  {known[one]}" for one in near)
+    raise UsageError(
+        f"no config {name} (working directory: {Path.cwd()})."
+        + (f" Did you mean one of these?{hint}" if hint else f" Configs are in {project}/configs.")
+    )
+
+
+def parse_train_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of `tools/train.py`."""
+    parser = argparse.ArgumentParser(
+        description="Train a detector, a segmentor or a classifier; the config says which."
+    )
+    parser.add_argument("config", help=CONFIG_HELP)
+    _add_common_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint; without one, from the newest in the work directory, or "
+        "from the beginning if there is none",
+    )
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (GPU only)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate to the batch size that the processes have together",
+    )
+    parser.add_argument("--no-validate", action="store_true", help="no validation in between")
+    return _parse(parser, arguments)
+
+
+def parse_test_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of `tools/test.py`."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a detector, a segmentor or a classifier; the config says which."
+    )
+    parser.add_argument("config", help=CONFIG_HELP)
+    parser.add_argument("checkpoint", help="a checkpoint file or URL")
+    _add_common_arguments(parser)
+    parser.add_argument(
+        "--out",
+        help="write the predictions to this .pkl file (segmentation: or to this folder, as PNG)",
+    )
+    parser.add_argument("--show-dir", help="write pictures of the predictions to this folder")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds per picture in the window"
+    )
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation")
+    return _parse(parser, arguments)
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints; ./work_dirs/CONFIG by default"
+    )
+    parser.add_argument("--data-root", help="where the data set is, if not where the config says")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help='override settings of the config; lists as key="[a,b]", without spaces',
+    )
+    parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="none", help="who starts processes"
+    )
+    # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    return options
+
+
+def train_config(options: argparse.Namespace) -> Config:
+    """Makes the config that a training runs from its command line.
+
+    Raises:
+        UsageError: If the two do not fit each other, or something they name is missing.
+    """
+    cfg = _common_config(options)
+    if options.amp:
+        _enable_amp(cfg)
+    if options.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise UsageError(
+                "--auto-scale-lr: the config does not say which batch size its learning rate is "
+                "for. Add auto_scale_lr=dict(base_batch_size=N), or leave the option out."
+            )
+        cfg.auto_scale_lr.enable = True
+    if options.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if options.resume is not None:
+        _set_resume(cfg, options.resume)
+    _check_weights(cfg)
+    check_datasets(cfg, ("train", "val"))
+    return cfg
+
+
+def _enable_amp(cfg: Config) -> None:
+    if not torch.cuda.is_available():
+        raise UsageError("--amp needs a GPU, and torch sees none: leave it out on the CPU.")
+    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise UsageError(f"--amp works with OptimWrapper; the config has {wrapper}.")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def _set_resume(cfg: Config, source: str) -> None:
+    if source != "auto":
+        cfg.resume, cfg.load_from = True, source
+        return
+    if not (Path(cfg.work_dir) / "last_checkpoint").is_file():
+        _add_notice(
+            cfg,
+            f"--resume: no checkpoint in {cfg.work_dir} yet, training starts from the beginning.",
+        )
+        cfg.resume = False
+        return
+    latest = find_latest_checkpoint(cfg.work_dir)
+    # The folder may have been moved since the path was written.
+    moved = Path(cfg.work_dir) / Path(latest).name
+    latest = latest if Path(latest).is_file() or not moved.is_file() else str(moved)
+    cfg.resume, cfg.load_from = True, latest
+
+
+def test_config(options: argparse.Namespace) -> Config:
+    """Makes the config that a test runs from its command line.
+
+    Raises:
+        UsageError: If the two do not fit each other, or something they name is missing.
+    """
+    cfg = _common_config(options)
+    cfg.load_from = options.checkpoint
+    if options.show or options.show_dir:
+        enable_drawing(cfg, options.show_dir, options.show, options.wait_time)
+    if options.tta:
+        enable_tta(cfg)
+    if options.out:
+        add_prediction_dump(cfg, options.out)
+    _check_weights(cfg)
+    check_datasets(cfg, ("test",))
+    return cfg
+
+
+# pytest would otherwise take it for a test.
+test_config.__test__ = False
+
+
+def _common_config(options: argparse.Namespace) -> Config:
+    cfg = load_config(options.config)
+    scope_of(cfg)
+    overrides = dict(options.cfg_options or {})
+    data_root = overrides.pop("data_root", options.data_root)
+    cfg.merge_from_dict(overrides)
+    cfg.launcher = options.launcher
+    if options.work_dir:
+        cfg.work_dir = options.work_dir
+    elif not cfg.get("work_dir"):
+        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename).stem)
+    if data_root:
+        set_data_root(cfg, data_root)
+    else:
+        found = find_data(cfg, project_folder())
+        if found:
+            _add_notice(cfg, f"data found at {found}.")
+    set_loader_defaults(cfg)
+    return cfg
+
+
+def _add_notice(cfg: Config, text: str) -> None:
+    """Keeps a message until there is a logger."""
+    cfg[NOTICES] = [*cfg.get(NOTICES, []), text]
+
+
+def _check_weights(cfg: Config) -> None:
+    """Refuses early, before data and models are made, what could only fail later."""
+    source = cfg.get("load_from")
+    if source and "://" not in source and not Path(source).expanduser().is_file():
+        raise CheckpointError(
+            f"checkpoint {source} does not exist (working directory: {Path.cwd()}). Give the path "
+            "of a .pth file, or a URL."
+        )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Builds the config's runner: `StrictRunner`, unless it names another in `runner_type`."""
+    notices = cfg.pop(NOTICES, [])
+    if cfg.get("runner_type"):
+        # A runner of another make knows nothing of machines without GPUs.
+        prepare_launch(cfg.launcher)
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = StrictRunner.from_cfg(cfg)
+    for notice in notices:
+        runner.logger.warning(notice)
+    return runner
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains as a parsed command line says."""
+    build_runner(train_config(options)).train()
+
+
+def test(options: argparse.Namespace) -> dict:
+    """Tests as a parsed command line says, and returns the metrics."""
+    cfg = test_config(options)
+    if options.out:
+        mmengine.mkdir_or_exist(Path(options.out).absolute().parent)
+    return build_runner(cfg).test()
+
+
+test.__test__ = False
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command so that its user's mistakes end it with one message and exit code 1."""
+    try:
+        command()
+    except (UsageError, CheckpointError, StackError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            # The first process says it for all: where they share the fault, the launcher ends
+            # the others in this time.
+            time.sleep(3)
+        sys.exit(f"error: {error}")
+
+
+def train_main() -> None:
+    """The command line of `tools/train.py`."""
+    options = parse_train_arguments()
+    run_command(lambda: train(options))
+
+
+def test_main() -> None:
+    """The command line of `tools/test.py`."""
+    options = parse_test_arguments()
+    run_command(lambda: test(options))
+
+
+test_main.__test__ = False

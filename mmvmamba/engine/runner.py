@@ -1,0 +1,178 @@
+"""mmengine's Runner, strict about weights and able to run several processes without a GPU."""
+
+import os
+from collections.abc import Callable, Sequence
+
+from mmengine.device import get_device
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmvmamba.engine.launch import prepare_launch
+from mmvmamba.models.checkpoint import (
+    CheckpointError,
+    classifier_from_official,
+    find_state_dict,
+    is_official_classifier,
+    read_checkpoint,
+)
+
+# What mmengine's checkpoints hold beside the weights and a training cannot go on without.
+RESUME_ENTRIES = ("meta", "message_hub", "optimizer")
+
+
+class StrictRunner(Runner):
+    """A Runner that never goes on with weights that failed to load.
+
+    `load_from`, `--resume` and the checkpoint of a test must fit the model key by key. Fine-tuning
+    with other heads says which parts may differ: `load_ignore` in the config is a list of prefixes
+    of keys that keep the model's own values, e.g. `load_ignore=['roi_head.bbox_head.fc_cls']`.
+    """
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Starts the process group (on gloo where there is no accelerator), then as mmengine."""
+        prepare_launch(self._launcher, (env_cfg.get("dist_cfg") or {}).get("timeout"))
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wraps the model for data parallelism, with what the CPU needs where it runs there."""
+        if not self.distributed or get_device() != "cpu":
+            return super().wrap_model(model_wrapper_cfg, model)
+        if self.cfg.get("sync_bn") or any(
+            "SyncBatchNorm" in type(m).__name__ for m in model.modules()
+        ):
+            self.logger.warning(
+                "SyncBN does not run on the CPU: its layers are plain BN here, with each "
+                "process's own statistics."
+            )
+            self.cfg.pop("sync_bn", None)
+            model = revert_sync_batchnorm(model)
+        wrapper = {
+            "type": "MMDistributedDataParallel",
+            "broadcast_buffers": False,
+            "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+            **(model_wrapper_cfg or {}),
+            "device_ids": None,
+        }
+        # mmengine asks for it whatever the device.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return super().wrap_model(wrapper, model)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | Callable = "cpu",
+        strict: bool = True,
+        revise_keys: Sequence = (),
+    ) -> dict:
+        """Loads a checkpoint, strictly.
+
+        Args:
+            filename: A path, or a URL. Official classification files are taken as well.
+            map_location: Not used: files are read on the CPU, tensors move as they are copied.
+            strict: Not used: loading is always strict, `load_ignore` apart.
+            revise_keys: Not used: 'module.' prefixes are always stripped.
+
+        Returns:
+            The file's content.
+
+        Raises:
+            CheckpointError: If the file cannot be read, does not fit the model, or is to be resumed
+                from and holds weights alone. The model is unchanged.
+        """
+        del map_location, strict, revise_keys
+        checkpoint = read_checkpoint(filename)
+        missing = [entry for entry in RESUME_ENTRIES if entry not in checkpoint]
+        if self._resume and missing:
+            raise CheckpointError(
+                f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
+                "training, and cannot be resumed from. To start a new training from its weights: "
+                f"--cfg-options load_from={filename}"
+            )
+        _, state = find_state_dict(checkpoint, filename)
+        if is_official_classifier(state):
+            state = classifier_from_official(state)
+        checkpoint["state_dict"] = state
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        ignore = () if self._resume else self.cfg.get("load_ignore") or ()
+        loaded = load_strictly(self.model, checkpoint["state_dict"], filename, ignore)
+        self._has_loaded = True
+        self.logger.info(f"{loaded} tensors loaded from {filename}")
+        return checkpoint
+
+    def _init_model_weights(self) -> None:
+        """Initialises the model, unless every weight is about to come from a checkpoint.
+
+        A training that is resumed must not depend on the pretrained file that it once began with.
+        """
+        if not self._resume:
+            super()._init_model_weights()
+
+
+def load_strictly(
+    model: nn.Module, state: dict[str, Tensor], source: str, ignore: Sequence[str] = ()
+) -> int:
+    """Copies a state dict into a model that must have the same keys and shapes.
+
+    Args:
+        model: The model, which may be wrapped for data parallelism or test-time augmentation.
+        state: The weights.
+        source: Where they come from, for messages.
+        ignore: Prefixes of keys that are left alone, in the model and in the file.
+
+    Returns:
+        The number of tensors copied.
+
+    Raises:
+        CheckpointError: If keys are missing, unknown or of another shape, or none is left.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    expected = model.state_dict()
+    for prefix in ignore:
+        if not any(key.startswith(prefix) for key in (*expected, *state)):
+            raise CheckpointError(
+                f"load_ignore names {prefix!r}, but neither the model nor {source} has such "
+                "parameters: correct it, or leave it out."
+            )
+    prefixes = tuple(ignore)
+    expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
+    state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    mismatches = {
+        # Files written before batch norm counted its batches have no counter.
+        "missing in the file": [
+            key for key in expected if key not in state and not key.endswith("num_batches_tracked")
+        ],
+        "unknown to the model": [key for key in state if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(value.shape)}, the model's is {tuple(expected[key].shape)}"
+            for key, value in state.items()
+            if key in expected and value.numel() != expected[key].numel()
+        ],
+    }
+    faults = [
+        f"  {len(keys)} {what}:\n    " + "\n    ".join(_first(keys))
+        for what, keys in mismatches.items()
+        if keys
+    ]
+    if not faults and not state:
+        faults = ["  no key is left after load_ignore."]
+    if not faults:
+        # A module may take another shape of as many numbers (a 1x1 convolution's weight for a
+        # linear layer's); what it does not take, torch lists.
+        try:
+            model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            faults = str(error).splitlines()[1:]
+    if faults:
+        raise CheckpointError(
+            f"{source} does not fit the model; nothing is trained or tested with it:\n"
+            + "\n".join(faults)
+            + "\nCheck that the config is the one the file belongs to. To fine-tune with other "
+            "heads, name what may differ, e.g. --cfg-options \"load_ignore=['roi_head']\""
+        )
+    return len(state)
+
+
+def _first(keys: list[str], most: int = 20) -> list[str]:
+    return keys if len(keys) <= most else [*keys[:most], f"... and {len(keys) - most} more"]
