@@ -1,8 +1,9 @@
 """The linear recurrence ``v_l = a_l v_{l-1} + b_l`` as a few hundred vectorised steps.
 
-Sequences are laid out as chunks: every chunk is walked at the same time, so a sequence of L positions takes about
-2 * sqrt(2 L) tensor operations instead of L. ``README.md`` beside the package derives the passes. Nothing here is
-differentiable; the operators that use it have hand-written backward passes.
+Sequences are laid out as chunks: every chunk is walked at the same time, so a sequence of L
+positions takes about 2 * sqrt(2 L) tensor operations instead of L. ``README.md`` beside the package
+derives the passes. Nothing here is differentiable; the operators that use it have hand-written
+backward passes.
 
 All tensors are (S, L, C): S independent sequences, L positions, C channels that never interact.
 """
@@ -15,26 +16,18 @@ import torch
 from torch import Tensor
 
 _GROUP_ELEMENTS = 1 << 20
-"""States are scanned in groups whose temporaries have at most this many elements (or one state, if more)."""
+"""States are scanned in groups whose temporaries have at most this many elements, or one by one."""
 
-# exp(a) = exp2(a * log2(e)); PyTorch's exp2 takes a quarter of exp's time on a CPU, at the same accuracy.
+# exp(a) = exp2(a * log2(e)); PyTorch's exp2 takes a quarter of exp's time on a CPU, at the same
+# accuracy.
 _LOG2_E = math.log2(math.e)
-
-
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of states and sums: float64 if any tensor is float64, else float32."""
-    return (
-        torch.float64
-        if any(t is not None and t.dtype == torch.float64 for t in tensors)
-        else torch.float32
-    )
 
 
 def chunk_length(length: int) -> int:
     """Chunk length for sequences of ``length`` positions: a power of two near ``sqrt(length / 2)``.
 
-    Only comparisons with constants decide, so that under dynamic shapes a compiler gets range guards and no square
-    root of a symbol.
+    Only comparisons with constants decide, so that under dynamic shapes a compiler gets range
+    guards and no square root of a symbol.
     """
     chunk = 4
     while 4 * chunk * chunk < length:
@@ -50,8 +43,8 @@ def chunk_count(length: int, chunk: int) -> int:
 def scan_carries(decay: Tensor, value: Tensor, chunk: int, reverse: bool) -> Tensor:
     """The state that enters each chunk.
 
-    Chunks are counted from the end at which the recurrence starts, so that only the last chunk it reaches may be
-    short; the result lists them in order of their position.
+    Chunks are counted from the end at which the recurrence starts, so that only the last chunk it
+    reaches may be short; the result lists them in order of their position.
 
     Args:
         decay: a, (S, L, C).
@@ -124,7 +117,7 @@ def carries_shape(sequences: int, length: int, channels: int, states: int) -> tu
 
 
 def _state_groups(states: int, elements: int) -> list[slice]:
-    """Split N states into groups that are scanned together, so that temporaries stay within a few megabytes."""
+    """Groups of states that are scanned together, of a few megabytes each."""
     size = max(1, min(states, _GROUP_ELEMENTS // max(elements, 1)))
     return [slice(n, min(n + size, states)) for n in range(0, states, size)]
 
@@ -149,10 +142,10 @@ def selective_scan_(
         C: Output weights, (S, L, N).
         reverse: Run from position L - 1 down to 0.
         out: The sum to add to, (S, L, D).
-        carries: Where to leave the states that enter the chunks, of :func:`carries_shape`; None if no backward
-            pass will follow.
+        carries: Where to leave the states that enter the chunks, of :func:`carries_shape`; None if
+            no backward pass will follow.
     """
-    sequences, length, channels = u.shape
+    sequences, length, _ = u.shape
     chunk = chunk_length(length)
     drive = delta * u
     rates = (A.t() * _LOG2_E).contiguous()
@@ -164,7 +157,8 @@ def selective_scan_(
         scan_(decay, value, entering, chunk, reverse)
         if carries is not None:
             carries[group].flatten(0, 1).copy_(entering)
-        for state, weight in zip(value.split(sequences), weights_out[group], strict=True):
+        value = value.unflatten(0, (group.stop - group.start, sequences))
+        for state, weight in zip(value, weights_out[group], strict=True):
             out.addcmul_(state, weight.unsqueeze(-1))
 
 
@@ -204,8 +198,8 @@ def selective_scan_backward_(
     grad_delta = torch.zeros_like(delta)
     grad_drive = torch.zeros_like(delta)
     grad_A, grad_B, grad_C = torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
-    # The adjoint runs the other way with the decay of the position it comes from, so the decays get one more
-    # position, and both recurrences read views of the same buffer.
+    # The adjoint runs the other way with the decay of the position it comes from, so the decays get
+    # one more position, and both recurrences read views of the same buffer.
     own, neighbour = (
         (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
     )

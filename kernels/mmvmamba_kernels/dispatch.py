@@ -1,7 +1,8 @@
 """Which implementation of an operator runs: chosen per call, by device and capability.
 
-Every operator has a list of backends in order of preference. A backend is a module with the operator's functions and
-a check that either accepts a problem or says why not. ``kernels/README.md`` says how to add one.
+Every operator has a list of backends in order of preference. A backend is a module with the
+operator's functions and a check that either accepts a problem or says why not.
+``kernels/README.md`` says how to add one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 AUTO = "auto"
 ENVIRONMENT_VARIABLE = "MMVMAMBA_KERNELS_BACKEND"
 
-# About half a second on one modern core.
+# Scanned elements: half a second to a second on one core.
 LARGE_CPU_PROBLEM = 1 << 25
 
 
@@ -42,10 +43,10 @@ class Backend:
     name: str
     module: str
     """Imported when first chosen; it may need packages that are not installed."""
-    can_run: Callable[[Problem], str | None]
-    """None if the backend can run the problem, else the reason why not, as the end of a sentence."""
+    can_run: Callable[[Problem], str | None] = lambda _: None
+    """None if the backend can run the problem, else why not, as the end of a sentence."""
     slow: bool = False
-    """Correct everywhere but not fast: an automatic choice of it warns once where that matters."""
+    """Correct but not fast: an automatic choice of it warns once where that matters."""
 
     def load(self) -> ModuleType:
         """The module with the operator's functions."""
@@ -99,10 +100,25 @@ def check_name(op: str, backend: str | None) -> str:
         return AUTO
     if backend != AUTO and backend not in available_backends(op):
         raise BackendError(
-            f"{op} has no backend {backend!r}. Existing backends: {', '.join(available_backends(op))}. "
-            f"Leave backend=None to let it be chosen by device."
+            f"{op} has no backend {backend!r}. Existing backends: "
+            f"{', '.join(available_backends(op))}. Leave backend=None to have it chosen by device."
         )
     return backend
+
+
+@torch.compiler.assume_constant_result
+def pin(op: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
+    """The choice that 'auto' stands for, as a string that :func:`resolve` takes in its place.
+
+    For calls that a backward pass follows: both must run on one backend, even if the default
+    changes between them. In a compiled graph the string is a constant, so that a graph kept on disk
+    does not outlive a change of what is installed.
+
+    Raises:
+        BackendError: As :func:`resolve`.
+    """
+    choice, deliberate, _ = _choose(op, AUTO, Problem(device, dtype, states, work=0))
+    return choice.name if deliberate else f"{AUTO}:{choice.name}"
 
 
 def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> ModuleType:
@@ -110,8 +126,8 @@ def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> Mod
 
     Args:
         op: Name of the public function.
-        backend: A backend's name, or 'auto' for the environment's default, and without one the first backend in
-            order of preference that can run the problem.
+        backend: A backend's name, or 'auto' for the environment's default, and without one the
+            first backend in order of preference that can run the problem, or what :func:`pin` gave.
         problem: What is to be run.
         quiet: Never warn: nothing is run, only shapes are asked for.
 
@@ -119,38 +135,51 @@ def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> Mod
         The backend's module.
 
     Raises:
-        BackendError: If a backend was named, by argument or environment, that does not exist or cannot run the
-            problem. It is never replaced by another one.
+        BackendError: If a backend was named, by argument or environment, that does not exist or
+            cannot run the problem. It is never replaced by another one.
     """
+    choice, deliberate, reasons = _choose(op, backend, problem)
+    if choice.slow and not deliberate and not quiet:
+        _warn_if_it_matters(op, choice, problem, reasons)
+    return choice.load()
+
+
+def _choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, list[str]]:
+    """The backend, whether it was asked for by name, and why those preferred to it cannot run."""
     asked_by = "backend="
     if backend == AUTO:
         default = os.environ.get(ENVIRONMENT_VARIABLE, "")
         if default and default != AUTO:
             if default not in available_backends():
                 raise BackendError(
-                    f"environment variable {ENVIRONMENT_VARIABLE}={default!r} names no backend. Existing backends: "
-                    f"{', '.join((AUTO, *available_backends()))}. Correct it or unset it."
+                    f"environment variable {ENVIRONMENT_VARIABLE}={default!r} names no backend. "
+                    f"Existing backends: {', '.join((AUTO, *available_backends()))}. "
+                    "Correct it or unset it."
                 )
             # A default for all operators does not bind those that have no such backend.
             if default in available_backends(op):
                 backend, asked_by = default, f"{ENVIRONMENT_VARIABLE}="
-    if backend != AUTO:
+    automatic, _, pinned = backend.partition(":")
+    if automatic != AUTO:
         check_name(op, backend)
         choice = next(b for b in _registry[op] if b.name == backend)
         reason = choice.can_run(problem)
         if reason is not None:
             raise BackendError(f"{op} cannot run with {asked_by}{backend!r}: {reason}")
-        return choice.load()
+        return choice, True, []
 
     reasons = []
     for choice in _registry[op]:
         reason = choice.can_run(problem)
-        if reason is None:
-            if choice.slow and not quiet:
-                _warn_if_it_matters(op, choice, problem, reasons)
-            return choice.load()
-        reasons.append(f"{choice.name}: {reason}")
-    raise BackendError(f"{op} has no backend that can run this call. " + "; ".join(reasons))
+        if reason is not None:
+            reasons.append(f"{choice.name}: {reason}")
+        elif pinned in ("", choice.name):
+            return choice, False, reasons
+    raise BackendError(
+        f"{op} has no backend that can run this call"
+        + (f" as it was compiled, with {pinned!r}. " if pinned else ". ")
+        + "; ".join(reasons)
+    )
 
 
 def _warn_if_it_matters(op: str, choice: Backend, problem: Problem, reasons: list[str]) -> None:
@@ -169,9 +198,10 @@ def _warn_if_it_matters(op: str, choice: Backend, problem: Problem, reasons: lis
                 " A smaller image or batch, or more threads (torch.set_num_threads), is what helps."
             )
     warnings.warn(
-        f"{op} runs on the {choice.name!r} backend, plain PyTorch operations, for {problem.work:,} scanned elements "
-        f"on {device!r}: correct, but slow. {advice} To choose it deliberately and silence this, pass "
-        f"backend={choice.name!r} or set {ENVIRONMENT_VARIABLE}={choice.name}.",
+        f"{op} runs on the {choice.name!r} backend, plain PyTorch operations, for "
+        f"{problem.work:,} scanned elements on {device!r}: correct, but slow. {advice} To choose "
+        f"it deliberately and silence this, pass backend={choice.name!r} or set "
+        f"{ENVIRONMENT_VARIABLE}={choice.name}.",
         UserWarning,
         stacklevel=2,
     )

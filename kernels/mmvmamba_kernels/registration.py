@@ -1,50 +1,177 @@
-"""What the operators' registrations with ``torch.library`` have in common."""
+"""An operator pair, forward and backward, registered with ``torch.library``.
+
+Compilers, exporters and counters see one operator a call; which implementation runs is decided
+inside it.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch.utils.flop_counter import register_flop_formula
+
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.dispatch import AUTO, Problem, pin, resolve
 
 NAMESPACE = "mmvmamba"
 
+Arguments = Mapping[str, Any]
+"""An operator's arguments by name, or their shapes in place of tensors."""
 
-def autocast_off(tensor: Tensor) -> AbstractContextManager:
+
+class Operator:
+    """Forward and backward pass of one public function.
+
+    The output has the shape of the first tensor argument, and its dtype unless there is an option
+    ``out_dtype``. ``kernels/README.md`` lists the functions that an implementation consists of.
+
+    Args:
+        name: Name of the public function and, in the namespace ``mmvmamba``, of the operator.
+        tensors: Names of the tensor arguments; those that may be None end in a question mark.
+        options: Schema types of the other arguments, by name.
+        sizes: From the arguments' shapes to the number of scanned elements (channels times
+            positions of all sequences) and the state dimension.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: tuple[str, ...],
+        options: Mapping[str, str],
+        sizes: Callable[[Arguments], tuple[int, int]],
+    ):
+        self.name = name
+        self._tensors = tuple(t.rstrip("?") for t in tensors)
+        self._names = (*self._tensors, *options)
+        self._sizes = sizes
+        inputs = ", ".join(
+            [f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors]
+            + [f"{kind} {option}" for option, kind in options.items()]
+            + ["str backend"]
+        )
+        grads = ", ".join(["Tensor"] * len(tensors))
+        self._forward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}",
+            self._forward,
+            mutates_args=(),
+            schema=f"({inputs}, bool save_carries) -> (Tensor, Tensor)",
+        )
+        self._backward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}_backward",
+            self._backward,
+            mutates_args=(),
+            schema=f"(Tensor grad_out, Tensor carries, {inputs}) -> ({grads})",
+        )
+        self._forward_op.register_fake(self._forward_fake)
+        self._backward_op.register_fake(self._backward_fake)
+        self._forward_op.register_autograd(self._autograd, setup_context=self._setup_context)
+        self._backward_op.register_autograd(self._double_backward)
+        overloads = getattr(torch.ops, NAMESPACE)
+        register_flop_formula(getattr(overloads, name))(self._forward_flops)
+        register_flop_formula(getattr(overloads, f"{name}_backward"))(self._backward_flops)
+
+    def __call__(self, arguments: Arguments, backend: str) -> Tensor:
+        """Run the operator on checked arguments, which come in the schema's order."""
+        tensors = (arguments[name] for name in self._tensors)
+        needed = any(t is not None and t.requires_grad for t in tensors)
+        save_carries = torch.is_grad_enabled() and needed
+        if save_carries and backend == AUTO:
+            problem = self._problem(arguments)
+            # index() makes a compiler fix the state dimension, which a choice may depend on.
+            states = operator.index(problem.states)
+            backend = pin(self.name, problem.device, problem.dtype, states)
+        return self._forward_op(*arguments.values(), backend, save_carries)[0]
+
+    def _named(self, values: tuple) -> dict[str, Any]:
+        return dict(zip(self._names, values, strict=True))
+
+    def _problem(self, arguments: Arguments) -> Problem:
+        shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        elements, states = self._sizes(shapes)
+        first = arguments[self._tensors[0]]
+        return Problem(first.device, first.dtype, states, elements * states)
+
+    def _implementation(self, arguments: Arguments, backend: str, quiet: bool = False):
+        return resolve(self.name, backend, self._problem(arguments), quiet=quiet)
+
+    def _forward(self, *values) -> tuple[Tensor, Tensor]:
+        *values, backend, save_carries = values
+        arguments = self._named(values)
+        implementation = self._implementation(arguments, backend)
+        with _autocast_off(values[0]):
+            return implementation.forward(**arguments, save_carries=save_carries)
+
+    def _forward_fake(self, *values) -> tuple[Tensor, Tensor]:
+        *values, backend, save_carries = values
+        arguments = self._named(values)
+        first = values[0]
+        out = first.new_empty(first.shape, dtype=arguments.get("out_dtype", first.dtype))
+        saved = (0,)
+        if save_carries:
+            saved = self._implementation(arguments, backend, quiet=True).carries_shape(**arguments)
+        dtype = state_dtype(*(arguments[name] for name in self._tensors))
+        return out, first.new_empty(saved, dtype=dtype)
+
+    def _backward(self, grad_out: Tensor, carries: Tensor, *values) -> tuple[Tensor, ...]:
+        *values, backend = values
+        arguments = self._named(values)
+        implementation = self._implementation(arguments, backend)
+        expected = tuple(implementation.carries_shape(**arguments))
+        if carries.shape != expected:
+            raise RuntimeError(
+                f"{self.name}: the backward pass got saved states of shape {tuple(carries.shape)}, "
+                f"expected {expected}. Forward and backward must run on one backend."
+            )
+        with _autocast_off(grad_out):
+            grads = implementation.backward(grad_out, carries, **arguments)
+        # Operators cannot return None.
+        return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
+
+    def _backward_fake(self, grad_out: Tensor, _carries: Tensor, *values) -> tuple[Tensor, ...]:
+        tensors = values[: len(self._tensors)]
+        return tuple(grad_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+    def _setup_context(self, ctx, inputs, output) -> None:
+        carries = output[1]
+        tensors = inputs[: len(self._tensors)]
+        ctx.options = inputs[len(self._tensors) : -1]
+        ctx.save_for_backward(carries, *tensors)
+        ctx.mark_non_differentiable(carries)
+        ctx.set_materialize_grads(False)
+
+    def _autograd(self, ctx, grad_out: Tensor | None, _) -> tuple[Tensor | None, ...]:
+        carries, *tensors = ctx.saved_tensors
+        rest = (None,) * (len(ctx.options) + 1)
+        if grad_out is None:
+            return (None,) * len(tensors) + rest
+        grads = self._backward_op(grad_out, carries, *tensors, *ctx.options)
+        return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *rest)
+
+    def _double_backward(self, _ctx, *_grads) -> None:
+        raise RuntimeError(
+            f"{self.name} is differentiable once: its backward pass has no gradient. Call "
+            "backward() or autograd.grad() without create_graph=True."
+        )
+
+    def _forward_flops(self, *shapes, **_) -> int:
+        # 9 N per element, as the authors of Mamba count, and one for the skip.
+        shapes = self._named(shapes[: len(self._names)])
+        elements, states = self._sizes(shapes)
+        return elements * (9 * states + (shapes["D"] is not None))
+
+    def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
+        # As PyTorch's own formulas count a backward pass.
+        return 2 * self._forward_flops(*shapes)
+
+
+def _autocast_off(tensor: Tensor) -> AbstractContextManager:
     """A context in which autocast casts nothing: an operator decides its own dtypes.
 
-    Autocast stays active inside a custom operator and would otherwise reach the products it is made of.
+    Autocast stays active inside a custom operator and would otherwise cast the products inside it.
     """
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def needs_backward(*tensors: Tensor | None) -> bool:
-    """Whether autograd will record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def forbid_double_backward(backward_op: CustomOpDef, name: str) -> None:
-    """Make differentiating an operator's backward pass an error that says so."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{name} is differentiable once: its backward pass has no gradient. Call backward() or autograd.grad() "
-            f"without create_graph=True, or differentiate a composition of plain PyTorch operations instead."
-        )
-
-    backward_op.register_autograd(backward)
-
-
-def check_carries(name: str, carries: Tensor, expected: tuple[int, ...]) -> None:
-    """Check that the backward pass runs on the backend that ran the forward pass.
-
-    Raises:
-        RuntimeError: If the saved states are not of the shape that this backend saves.
-    """
-    if tuple(carries.shape) != tuple(expected):
-        raise RuntimeError(
-            f"{name}: the backward pass got saved states of shape {tuple(carries.shape)}, expected "
-            f"{tuple(expected)}. Forward and backward must run on one backend: do not change the default backend "
-            f"between them."
-        )

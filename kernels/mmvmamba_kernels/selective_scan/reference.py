@@ -1,24 +1,24 @@
 """The 1D selective scan in plain PyTorch: the specification, for any device, float64 included.
 
-Groups are scanned one after another, each in a channels-last copy, so that the innermost dimension of every vectorised
-step is contiguous.
+Groups are scanned one after another, each in a channels-last copy, so that the innermost dimension
+of every vectorised step is contiguous.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mmvmamba_kernels.arguments import state_dtype
 from mmvmamba_kernels.chunked_scan import carries_shape as scan_carries_shape
-from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_, state_dtype
+from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_
+from mmvmamba_kernels.numerics import softplus
 
 
-def carries_shape(
-    batch: int, groups: int, channels: int, length: int, states: int
-) -> tuple[int, ...]:
-    """Shape of the states that the forward pass saves for the backward pass; ``channels`` is of one group."""
-    return groups, *scan_carries_shape(batch, length, channels, states)
+def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+    """Shape of the states that the forward pass saves for the backward pass."""
+    batch, groups, states, length = B.shape
+    return groups, *scan_carries_shape(batch, length, u.shape[1] // groups, states)
 
 
 def _group(tensor: Tensor, k: int, groups: int, dtype: torch.dtype) -> Tensor:
@@ -31,14 +31,14 @@ def _steps(
     delta_bias: Tensor | None,
     k: int,
     groups: int,
-    softplus: bool,
+    positive: bool,
     dtype: torch.dtype,
 ):
-    """Group k's step sizes before and after softplus, (batch, L, D), contiguous; the same tensor without softplus."""
+    """Group k's step sizes before and after softplus, (batch, L, D); the same without softplus."""
     raw = _group(delta, k, groups, dtype).contiguous()
     if delta_bias is not None:
         raw = raw + delta_bias.unflatten(0, (groups, -1))[k].to(dtype)
-    return raw, F.softplus(raw, threshold=20) if softplus else raw
+    return raw, softplus(raw) if positive else raw
 
 
 def forward(
@@ -56,14 +56,13 @@ def forward(
     """See :func:`mmvmamba_kernels.selective_scan`.
 
     Returns:
-        The output in ``out_dtype``, and the states that enter the chunks of every group in the state's dtype (no
-        elements unless ``save_carries``).
+        The output in ``out_dtype``, and the states that enter the chunks of every group in the
+        state's dtype (no elements unless ``save_carries``).
     """
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
-    batch, groups, states, length = B.shape
+    groups = B.shape[1]
     rates = A.to(dtype).unflatten(0, (groups, -1))
-    channels = rates.shape[1]
-    saved = carries_shape(batch, groups, channels, length, states) if save_carries else (0,)
+    saved = carries_shape(u, B) if save_carries else (0,)
     carries = u.new_empty(saved, dtype=dtype)
 
     out = u.new_empty(u.shape, dtype=out_dtype)
@@ -100,6 +99,7 @@ def backward(
     D: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    **_,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of :func:`forward`.
 
@@ -109,10 +109,11 @@ def backward(
         u: As in the forward pass; so are the rest.
 
     Returns:
-        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent arguments.
+        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
+        arguments.
     """
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
-    batch, groups, states, length = B.shape
+    groups = B.shape[1]
     rates = A.to(dtype).unflatten(0, (groups, -1))
     grad_u, grad_delta, grad_A, grad_B, grad_C = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, delta, A, B, C)

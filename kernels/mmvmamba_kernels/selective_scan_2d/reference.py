@@ -1,8 +1,8 @@
 """The 2D selective scan in plain PyTorch: the specification, for any device, float64 included.
 
-Maps stay channels-last. Row-major paths read the map as it is; column-major ones read one transposed copy that all of
-them share. Reversed paths walk backwards over the same memory. Directions are computed one after another, so the
-temporaries are those of one direction.
+Maps stay channels-last. Row-major paths read the map as it is; column-major ones read one
+transposed copy that all of them share. Reversed paths walk backwards over the same memory.
+Directions are computed one after another, so the temporaries are those of one direction.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mmvmamba_kernels.arguments import state_dtype
 from mmvmamba_kernels.chunked_scan import carries_shape as scan_carries_shape
-from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_, state_dtype
+from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_
+from mmvmamba_kernels.numerics import softplus
 from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS, Path
 
 
-def carries_shape(batch: int, height: int, width: int, channels: int, states: int, pattern: str):
+def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
+    batch, height, width, channels = x.shape
     paths = PATTERNS[pattern]
     sequences, length = _sequences(batch, height, width, paths[0])
-    return len(paths), *scan_carries_shape(sequences, length, channels, states)
+    return len(paths), *scan_carries_shape(sequences, length, channels, A.shape[2])
 
 
 def _sequences(batch: int, height: int, width: int, path: Path) -> tuple[int, int]:
@@ -32,7 +34,7 @@ def _sequences(batch: int, height: int, width: int, path: Path) -> tuple[int, in
 
 
 def _as_sequences(maps: Tensor, path: Path) -> Tensor:
-    """(B, H, W, C) -> (S, L, C) in the order of the path, forwards; a copy if the path is column-major."""
+    """(B, H, W, C) -> (S, L, C) in the path's order, not reversed; column-major paths copy."""
     sequences, length = _sequences(*maps.shape[:3], path)
     if path.column_major:
         maps = maps.transpose(1, 2)
@@ -42,9 +44,10 @@ def _as_sequences(maps: Tensor, path: Path) -> Tensor:
 def _as_map(sequence: Tensor, shape: tuple[int, int, int], path: Path) -> Tensor:
     """The inverse of :func:`_as_sequences`, as a view."""
     batch, height, width = shape
+    channels = sequence.shape[-1]
     if path.column_major:
-        return sequence.view(batch, width, height, -1).transpose(1, 2)
-    return sequence.view(batch, height, width, -1)
+        return sequence.view(batch, width, height, channels).transpose(1, 2)
+    return sequence.view(batch, height, width, channels)
 
 
 class _Direction(NamedTuple):
@@ -65,8 +68,8 @@ def _direction(
     rank = dt_weight.shape[2]
     low_rank, B, C = sequence.split((rank, states, states), dim=2)
     raw = torch.addmm(dt_bias[k], low_rank.flatten(0, 1), dt_weight[k].t())
-    raw = raw.view(*sequence.shape[:2], -1)
-    return _Direction(low_rank, raw, F.softplus(raw, threshold=20), B, C)
+    raw = raw.view(*sequence.shape[:2], dt_weight.shape[1])
+    return _Direction(low_rank, raw, softplus(raw), B, C)
 
 
 def forward(
@@ -82,15 +85,15 @@ def forward(
     """See :func:`mmvmamba_kernels.selective_scan_2d`.
 
     Returns:
-        The output in ``x``'s dtype, and the states that enter the chunks of every direction in the state's dtype
-        (no elements unless ``save_carries``).
+        The output in ``x``'s dtype, and the states that enter the chunks of every direction in the
+        state's dtype (no elements unless ``save_carries``).
     """
     dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
     shape = tuple(x.shape[:3])
     states = A.shape[2]
     u = x.to(dtype).contiguous()
     dt_weight, dt_bias, A, D = (t.to(dtype) for t in (dt_weight, dt_bias, A, D))
-    saved = carries_shape(*x.shape, states, pattern) if save_carries else (0,)
+    saved = carries_shape(x, A, pattern) if save_carries else (0,)
     carries = x.new_empty(saved, dtype=dtype)
 
     out = u * D.sum(0)
@@ -101,7 +104,8 @@ def forward(
         if not directions:
             continue
         sequence = _as_sequences(u, directions[0][1])
-        # Row-major sequences are the map itself; the others sum into a transposed buffer of their own.
+        # Row-major sequences are the map itself; the others sum into a transposed buffer of their
+        # own.
         total = torch.zeros_like(sequence) if column_major else out.view_as(sequence)
         for k, path in directions:
             part = _direction(proj, k, path, dt_weight, dt_bias, states)

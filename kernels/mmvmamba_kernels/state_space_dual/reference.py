@@ -1,8 +1,8 @@
 """The state space dual scan in plain PyTorch: the specification, for any device, float64 included.
 
-A sequence is cut into chunks. Inside a chunk the scan is a masked matrix product, between chunks states are carried.
-Decays over a range of positions are exponentials of that range's own sum, never quotients or differences of longer
-sums, so every exponent is at most zero and none loses digits.
+A sequence is cut into chunks. Inside a chunk the scan is a masked matrix product, between chunks
+states are carried. Decays over a range of positions are exponentials of that range's own sum, never
+quotients or differences of longer sums, so every exponent is at most zero and none loses digits.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvmamba_kernels.chunked_scan import state_dtype
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.numerics import softplus
 
 
 def split_length(length: int, chunk_size: int) -> tuple[int, int]:
-    """Number of chunks and positions of each, evened out so that fewer positions are padded than there are chunks."""
+    """Number of chunks and positions of each, evened out to pad less than one position a chunk."""
     chunks = (length + chunk_size - 1) // chunk_size
     return chunks, (length + chunks - 1) // chunks
 
 
-def carries_shape(
-    batch: int, directions: int, length: int, heads: int, width: int, states: int, chunk_size: int
-) -> tuple[int, ...]:
+def carries_shape(x: Tensor, B: Tensor, chunk_size: int, **_) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return directions, batch, split_length(length, chunk_size)[0], heads * width, states
+    batch, directions, length, heads, width = x.shape
+    return directions, batch, split_length(length, chunk_size)[0], heads * width, B.shape[3]
 
 
 def _chunked(tensor: Tensor, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -79,7 +79,7 @@ def _direction(
     raw = dt[:, k].to(dtype)
     if dt_bias is not None:
         raw = raw + dt_bias[k].to(dtype)
-    steps = _chunked(F.softplus(raw, threshold=20), chunks, size, dtype)
+    steps = _chunked(softplus(raw), chunks, size, dtype)
     x, B, C = (_chunked(t[:, k], chunks, size, dtype) for t in (x, B, C))
     drive = (x * steps.unsqueeze(-1)).transpose(2, 3)
     exponents = (steps * A[k].to(dtype)).transpose(2, 3)
@@ -117,13 +117,13 @@ def forward(
     """See :func:`mmvmamba_kernels.state_space_dual`.
 
     Returns:
-        The output in ``x``'s dtype, and the states that enter the chunks of every direction in the state's dtype
-        (no elements unless ``save_carries``).
+        The output in ``x``'s dtype, and the states that enter the chunks of every direction in the
+        state's dtype (no elements unless ``save_carries``).
     """
     dtype = state_dtype(x, dt, A, B, C, D, dt_bias)
-    batch, directions, length, heads, width = x.shape
-    shape = carries_shape(batch, directions, length, heads, width, B.shape[3], chunk_size)
-    carries = x.new_empty(shape if save_carries else (0,), dtype=dtype)
+    _, directions, length, heads, width = x.shape
+    saved = carries_shape(x, B, chunk_size) if save_carries else (0,)
+    carries = x.new_empty(saved, dtype=dtype)
 
     out = x.new_empty(x.shape)
     for k in range(directions):
@@ -145,7 +145,7 @@ def forward(
 
 
 def _carry_(states: Tensor, decays: Tensor, reverse: bool) -> None:
-    """Replace what each chunk contributes by the sum, decayed, of what all chunks before it contribute.
+    """Replace each chunk's own end state by the state that enters it, of all chunks before.
 
     Args:
         states: (B, c, rows, N), changed in place.
@@ -181,10 +181,11 @@ def backward(
         x: As in the forward pass; so are the rest.
 
     Returns:
-        The gradients of x, dt, A, B, C, D and dt_bias, each in its own dtype; None for absent arguments.
+        The gradients of x, dt, A, B, C, D and dt_bias, each in its own dtype; None for absent
+        arguments.
     """
     dtype = state_dtype(x, dt, A, B, C, D, dt_bias)
-    batch, directions, length, heads, width = x.shape
+    _, directions, length, heads, width = x.shape
     chunks, size = split_length(length, chunk_size)
     grad_x, grad_dt, grad_A, grad_B, grad_C = (
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C)
@@ -221,8 +222,8 @@ def backward(
         grad_C_part += grad_products.transpose(2, 3) @ part.B
         grad_B_part += grad_products @ part.C
 
-        # Exponents: those between s and t reach the positions s + 1 to t, those since the start 1 to t, those until
-        # the end t + 1 to the last, those over a whole chunk all.
+        # Exponents: those between s and t reach the positions s + 1 to t, those since the start 1
+        # to t, those until the end t + 1 to the last, those over a whole chunk all.
         grad_between = grad_inside.mul_(products)
         grad_between[..., -1] += (from_behind * part.drive * until_end).sum(-1)
         grad_exponents = _sum_from(grad_between).triu_(1).sum(-2)

@@ -1,8 +1,11 @@
-"""Argument checks that the operators share. Every message names the argument, what it is and what was expected."""
+"""Argument checks and the dtype rule that the operators share.
+
+Every message names the argument, what it is and what was expected.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -10,8 +13,10 @@ from torch import Tensor
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(op: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Check that all are tensors of a supported dtype on one device. None stands for an absent optional argument.
+def check_tensors(
+    op: str, tensors: Mapping[str, Tensor | None], optional: Container[str] = ()
+) -> None:
+    """Check that all are tensors of a supported dtype on one device; optional ones may be None.
 
     Raises:
         TypeError: If one is not a tensor, or not of a supported dtype.
@@ -19,7 +24,7 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     """
     first_name, first = None, None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -31,7 +36,8 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor | None]) -> None:
             first_name, first = name, tensor
         elif tensor.device != first.device:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}; move them to one device"
+                f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}; "
+                "move them to one device"
             )
 
 
@@ -44,7 +50,8 @@ def check_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:
     expected = layout.count(",") + 1
     if tensor.ndim != expected:
         raise ValueError(
-            f"{op}: {name} must be {layout}, {expected}-dimensional, got shape {tuple(tensor.shape)}"
+            f"{op}: {name} must be {layout}, {expected}-dimensional, "
+            f"got shape {tuple(tensor.shape)}"
         )
 
 
@@ -75,3 +82,9 @@ def check_positive(op: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{op}: {name} must be at least 1, got {size}")
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of states and sums: float64 if any tensor is float64, else float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32

@@ -1,0 +1,154 @@
+"""The 1D selective scan in C++, on the CPU.
+
+A sequence is a map of one row, scanned in one direction, in a channels-last copy; groups follow one
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mmvmamba_kernels import cpp_scan
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.selective_scan_2d.patterns import Path
+
+_PATHS = (Path(column_major=False, reverse=False),)
+
+
+def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+    """Shape of the states that the forward pass saves for the backward pass."""
+    batch, groups, states, length = B.shape
+    channels = u.shape[1] // groups
+    return groups, *cpp_scan.carries_shape(batch, 1, length, channels, states, _PATHS)
+
+
+def _channels_last(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, C, L) -> (batch, L, C), contiguous."""
+    return tensor.to(dtype).transpose(1, 2).contiguous()
+
+
+def _channels_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, L, C) -> (batch, C, L), contiguous."""
+    return tensor.transpose(1, 2).to(dtype).contiguous()
+
+
+def _groups(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Iterator[tuple[slice, tuple]]:
+    """The channels and the library's arguments of every group; u and delta are channels-last."""
+    groups, length = B.shape[1], B.shape[3]
+    channels = u.shape[2] // groups
+    # (batch, L, K, 1, 2N): a position's coefficients are contiguous.
+    coefficients = torch.cat((B, C), 2).to(u.dtype).permute(0, 3, 1, 2).contiguous().unsqueeze(3)
+    A, D, bias = (t if t is None else t.to(u.dtype) for t in (A, D, delta_bias))
+    for k in range(groups):
+        part = slice(k * channels, (k + 1) * channels)
+        skip, group_bias = (t if t is None else t[None, part] for t in (D, bias))
+        yield (
+            part,
+            (
+                u[..., part],
+                delta[..., part],
+                coefficients[:, :, k],
+                None,
+                group_bias,
+                A[None, part],
+                skip,
+                1,
+                length,
+                cpp_scan.path_codes(_PATHS),
+                delta_softplus,
+            ),
+        )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+    save_carries: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.selective_scan`.
+
+    Returns:
+        The output in ``out_dtype``, and the states that enter the tiles of every group in the
+        state's dtype (no elements unless ``save_carries``).
+    """
+    dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
+    sequences, steps = (_channels_last(t, dtype) for t in (u, delta))
+    carries = sequences.new_empty(carries_shape(u, B) if save_carries else (0,))
+    out = torch.empty_like(sequences)
+    groups = _groups(sequences, steps, A, B, C, D, delta_bias, delta_softplus)
+    for k, (part, arguments) in enumerate(groups):
+        saved = carries[k] if save_carries else None
+        torch.ops.mmvmamba_cpp.scan_forward(*arguments, out[..., part], saved)
+    return _channels_first(out, out_dtype), carries
+
+
+def backward(
+    grad_out: Tensor,
+    carries: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    **_,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of :func:`forward`.
+
+    Args:
+        grad_out: Gradient of the output, (batch, K*D, L).
+        carries: What :func:`forward` saved.
+        u: As in the forward pass; so are the rest.
+
+    Returns:
+        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
+        arguments.
+    """
+    dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
+    sequences, steps, grad_out = (_channels_last(t, dtype) for t in (u, delta, grad_out))
+    grad_u, grad_steps = torch.empty_like(sequences), torch.empty_like(steps)
+    grads = []
+    groups = _groups(sequences, steps, A, B, C, D, delta_bias, delta_softplus)
+    for k, (part, arguments) in enumerate(groups):
+        grads.append(
+            torch.ops.mmvmamba_cpp.scan_backward(
+                grad_out[..., part],
+                carries[k],
+                *arguments,
+                grad_u[..., part],
+                grad_steps[..., part],
+            )
+        )
+    coefficients, _, bias, rates, skip = zip(*grads, strict=True)
+    # (batch, L, K, 2N) -> (batch, K, 2N, L)
+    grad_B, grad_C = torch.cat(coefficients, 2).permute(0, 2, 3, 1).chunk(2, 2)
+    return (
+        _channels_first(grad_u, u.dtype),
+        _channels_first(grad_steps, delta.dtype),
+        cpp_scan.cast_like(torch.cat(rates, 1)[0], A),
+        cpp_scan.cast_like(grad_B, B),
+        cpp_scan.cast_like(grad_C, C),
+        cpp_scan.cast_like(torch.cat(skip), D),
+        cpp_scan.cast_like(torch.cat(bias, 1)[0], delta_bias),
+    )

@@ -1,0 +1,144 @@
+"""The 1D selective scan in Triton, forward and backward: the 2D kernels on maps of one row.
+
+Kernels walk along positions with the channels across lanes, so sequences are turned channels-last
+first, which costs nothing if that is how they are in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.triton_scan import Layout, Operands, scan_backward, scan_forward
+
+
+def _layout(u: Tensor, B: Tensor) -> Layout:
+    batch, groups, states, length = B.shape
+    channels = u.shape[1] // groups
+    return Layout(
+        batch=batch,
+        height=1,
+        width=length,
+        channels=channels,
+        states=states,
+        paths=(Path(column_major=False, reverse=False),) * groups,
+        low_rank=0,
+        rank=0,
+        stride_u=groups * channels,
+        stride_u_k=channels,
+        stride_y=groups * channels,
+        stride_y_k=channels,
+        stride_delta=groups * channels,
+        stride_delta_k=channels,
+    )
+
+
+def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+    """Shape of the states that the forward pass saves for the backward pass."""
+    return _layout(u, B).carries_shape()
+
+
+def _channels_last(sequence: Tensor) -> Tensor:
+    return sequence.transpose(1, 2).contiguous()
+
+
+def _operands(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Layout, Operands]:
+    return _layout(u, B), Operands(
+        u=_channels_last(u),
+        proj=torch.cat([B, C], dim=2).permute(0, 3, 1, 2).contiguous(),
+        A=A.contiguous(),
+        delta=_channels_last(delta),
+        weight=None,
+        bias=None if delta_bias is None else delta_bias.contiguous(),
+        skip=None if D is None else D.contiguous(),
+        softplus=delta_softplus,
+        dtype=state_dtype(u, delta, A, B, C, D, delta_bias),
+    )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    out_dtype: torch.dtype,
+    save_carries: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.selective_scan`.
+
+    Returns:
+        The output in ``out_dtype``, and states of every group in the state's dtype (no elements
+        unless ``save_carries``).
+    """
+    layout, operands = _operands(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    out = torch.empty_like(operands.u, dtype=out_dtype)
+    carries = scan_forward(layout, operands, out, [(0, B.shape[1])], save_carries)
+    return out.transpose(1, 2).contiguous(), carries
+
+
+def backward(
+    grad_out: Tensor,
+    carries: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    **_,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of :func:`forward`.
+
+    Args:
+        grad_out: Gradient of the output, (batch, K*D, L).
+        carries: What :func:`forward` saved.
+        u: As in the forward pass; so are the rest.
+
+    Returns:
+        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
+        arguments.
+    """
+    layout, operands = _operands(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    batch, groups, states, length = B.shape
+    grad_u = torch.empty_like(operands.u)
+    # The gradient of the bias is the sum of this one, so it keeps the precision of sums until then.
+    raw = torch.empty_like(operands.u, dtype=delta.dtype if delta_bias is None else operands.dtype)
+    grads = scan_backward(
+        layout, operands, carries, _channels_last(grad_out), grad_u, raw, [(0, groups)]
+    )
+    grad_B, grad_C = (
+        part.to(t.dtype).contiguous()
+        for part, t in zip(
+            grads.proj.view(batch, length, groups, 2 * states)
+            .permute(0, 2, 3, 1)
+            .split(states, dim=2),
+            (B, C),
+            strict=True,
+        )
+    )
+    return (
+        grad_u.transpose(1, 2).contiguous(),
+        raw.transpose(1, 2).to(delta.dtype).contiguous(),
+        grads.A.flatten(0, 1).to(A.dtype).contiguous(),
+        grad_B,
+        grad_C,
+        None if D is None else grads.skip.flatten().to(D.dtype),
+        None if delta_bias is None else raw.sum((0, 1)).to(delta_bias.dtype),
+    )

@@ -1,0 +1,148 @@
+"""The 2D selective scan in Triton, forward and backward.
+
+Maps are read where they are, in the order of every path, and step sizes are recomputed from the low
+rank in registers: the forward pass writes a partial output per direction (see
+:func:`~mmvmamba_kernels.triton_scan.partial_buffers`) and their sum, nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.triton_scan import (
+    MAX_RANK,
+    MAX_RANK_BACKWARD,
+    Layout,
+    Operands,
+    matmul,
+    partial_buffers,
+    scan_backward,
+    scan_forward,
+    sum_buffers,
+    waves,
+)
+
+
+def _layout(x: Tensor, A: Tensor, pattern: str, low_rank: int = 0, rank: int = 0) -> Layout:
+    batch, height, width, channels = x.shape
+    positions = batch * height * width
+    return Layout(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        states=A.shape[2],
+        paths=PATTERNS[pattern],
+        low_rank=low_rank,
+        rank=rank,
+        stride_u=channels,
+        stride_u_k=0,
+        stride_y=channels,
+        stride_y_k=positions * channels,
+        stride_delta=channels,
+        stride_delta_k=positions * channels,
+    )
+
+
+def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
+    """Shape of the states that the forward pass saves for the backward pass."""
+    return _layout(x, A, pattern).carries_shape()
+
+
+def _low_rank(proj: Tensor, rank: int) -> Tensor:
+    """The dt part of ``proj``, (K, positions, R), as a view."""
+    return proj.flatten(0, 2)[..., :rank].transpose(0, 1)
+
+
+def _operands(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    max_rank: int,
+) -> tuple[Layout, Operands]:
+    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+    x, proj, dt_weight, dt_bias, A, D = (
+        t.contiguous() for t in (x, proj, dt_weight, dt_bias, A, D)
+    )
+    rank = dt_weight.shape[2]
+    layout = _layout(x, A, pattern, rank, rank if rank <= max_rank else 0)
+    delta = None
+    if rank > max_rank:
+        delta = torch.bmm(_low_rank(proj, rank).to(dtype), dt_weight.transpose(1, 2).to(dtype))
+    return layout, Operands(x, proj, A, delta, dt_weight, dt_bias, D, softplus=True, dtype=dtype)
+
+
+def forward(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    save_carries: bool,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.selective_scan_2d`.
+
+    Returns:
+        The output in ``x``'s dtype, and states along every path in the state's dtype (no elements
+        unless ``save_carries``).
+    """
+    layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK)
+    dtype, buffers = partial_buffers(x.dtype, len(layout.paths))
+    parts = x.new_empty((buffers, *x.shape), dtype=dtype)
+    carries = scan_forward(layout, operands, parts, waves(len(layout.paths), buffers), save_carries)
+    return sum_buffers(parts, x.dtype), carries
+
+
+def backward(
+    grad_out: Tensor,
+    carries: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`forward`.
+
+    Args:
+        grad_out: Gradient of the output, like ``x``.
+        carries: What :func:`forward` saved.
+        x: As in the forward pass; so are the rest.
+
+    Returns:
+        The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
+    """
+    layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK_BACKWARD)
+    directions, channels, rank = dt_weight.shape
+    dtype, buffers = partial_buffers(x.dtype, directions)
+    parts = x.new_empty((buffers, *x.shape), dtype=dtype)
+    # Products take the gradient of the raw step sizes from here, on tensor cores if x is bfloat16.
+    raw = x.new_empty((directions, x.shape[:3].numel(), channels), dtype=dtype)
+    grads = scan_backward(
+        layout, operands, carries, grad_out.contiguous(), parts, raw, waves(directions, buffers)
+    )
+
+    low_rank = _low_rank(operands.proj, rank).to(dtype)
+    grad_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
+    columns = grad_proj.flatten(0, 2)
+    columns[..., :rank] = torch.bmm(raw, dt_weight.to(dtype)).transpose(0, 1)
+    columns[..., rank:] = grads.proj
+    return (
+        sum_buffers(parts, x.dtype),
+        grad_proj,
+        matmul(raw.transpose(1, 2), low_rank, operands.dtype).to(dt_weight.dtype),
+        raw.sum(1, dtype=operands.dtype).to(dt_bias.dtype),
+        grads.A.to(A.dtype, copy=True, memory_format=torch.contiguous_format),
+        grads.skip.to(D.dtype),
+    )

@@ -1,0 +1,234 @@
+"""What tests and benchmarks of the operators share: oracles, random arguments, error measures.
+
+The oracles follow the definitions position by position in float64 and share no code with any
+backend. They are differentiable, which gives the oracle of every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def selective_scan_oracle(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> Tensor:
+    """:func:`mmvmamba_kernels.selective_scan` as a loop over positions, in float64."""
+    u, delta, A, B, C, D, delta_bias = _double(u, delta, A, B, C, D, delta_bias)
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta, threshold=20)
+    channels = u.shape[1] // B.shape[1]
+    B, C = (t.repeat_interleave(channels, 1) for t in (B, C))
+    state = u.new_zeros(*u.shape[:2], A.shape[1])
+    outputs = []
+    for i in range(u.shape[2]):
+        step = delta[:, :, i, None]
+        state = torch.exp(step * A) * state + step * B[..., i] * u[:, :, i, None]
+        outputs.append((state * C[..., i]).sum(-1))
+    out = torch.stack(outputs, 2)
+    return out if D is None else out + D[:, None] * u
+
+
+def paths(pattern: str, height: int, width: int) -> list[list[list[tuple[int, int]]]]:
+    """The (row, column) positions that each direction visits, one list per sequence."""
+    rows = [[(i, j) for j in range(width)] for i in range(height)]
+    columns = [[(i, j) for i in range(height)] for j in range(width)]
+    by_row, by_column = ([list(chain.from_iterable(lines))] for lines in (rows, columns))
+
+    def back(sequences: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        return [sequence[::-1] for sequence in sequences]
+
+    return {
+        "cross2d": [by_row, by_column, back(by_row), back(by_column)],
+        "unidi": [by_row] * 4,
+        "bidi": [by_row, by_row, back(by_row), back(by_row)],
+        "rows": [rows, back(rows)],
+        "columns": [columns, back(columns)],
+    }[pattern]
+
+
+def selective_scan_2d_oracle(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str = "cross2d",
+) -> Tensor:
+    """:func:`mmvmamba_kernels.selective_scan_2d` as a loop over positions, in float64."""
+    x, proj, dt_weight, dt_bias, A, D = _double(x, proj, dt_weight, dt_bias, A, D)
+    batch, height, width, channels = x.shape
+    rank, states = dt_weight.shape[2], A.shape[2]
+    total = [[D.sum(0) * x[:, i, j] for j in range(width)] for i in range(height)]
+    for k, sequences in enumerate(paths(pattern, height, width)):
+        for sequence in sequences:
+            state = x.new_zeros(batch, channels, states)
+            for i, j in sequence:
+                low_rank, B, C = proj[:, i, j, k].split((rank, states, states), 1)
+                step = F.softplus(low_rank @ dt_weight[k].t() + dt_bias[k], threshold=20)[..., None]
+                drive = step * B[:, None] * x[:, i, j, :, None]
+                state = torch.exp(step * A[k]) * state + drive
+                total[i][j] = total[i][j] + (state * C[:, None]).sum(-1)
+    return torch.stack([torch.stack(row, 1) for row in total], 1)
+
+
+def state_space_dual_oracle(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmvmamba_kernels.state_space_dual` as a loop over positions, in float64."""
+    x, dt, A, B, C, D, dt_bias = _double(x, dt, A, B, C, D, dt_bias)
+    if dt_bias is not None:
+        dt = dt + dt_bias[:, None]
+    steps = F.softplus(dt, threshold=20)
+    batch, directions, length, heads, width = x.shape
+    state = x.new_zeros(batch, directions, heads, width, B.shape[3])
+    outputs = []
+    for i in range(length):
+        step = steps[:, :, i]
+        drive = (step[..., None] * x[:, :, i])[..., None] * B[:, :, i, None, None]
+        state = torch.exp(step * A)[..., None, None] * state + drive
+        outputs.append((state * C[:, :, i, None, None]).sum(-1))
+    out = torch.stack(outputs, 2)
+    return out if D is None else out + D[:, None] * x
+
+
+def _generator(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _cast(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    return {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+
+
+def selective_scan_arguments(
+    batch: int,
+    groups: int,
+    channels: int,
+    states: int,
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensor arguments of ``selective_scan``, with softplus; leaves that need gradients.
+
+    ``channels`` is of one group.
+    """
+    normal = _generator(seed)
+    total = groups * channels
+    tensors = {
+        "u": normal(batch, total, length),
+        "delta": normal(batch, total, length),
+        "A": -normal(total, states).exp(),
+        "B": normal(batch, groups, states, length),
+        "C": normal(batch, groups, states, length),
+        "D": normal(total),
+        "delta_bias": normal(total) - 1,
+    }
+    return _cast(tensors, dtype, device)
+
+
+def selective_scan_2d_arguments(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    rank: int,
+    states: int,
+    directions: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensor arguments of ``selective_scan_2d``; leaves that need gradients."""
+    normal = _generator(seed)
+    tensors = {
+        "x": normal(batch, height, width, channels),
+        "proj": normal(batch, height, width, directions, rank + 2 * states),
+        "dt_weight": normal(directions, channels, rank) / rank**0.5,
+        "dt_bias": normal(directions, channels) - 1,
+        "A": -normal(directions, channels, states).exp(),
+        "D": normal(directions, channels),
+    }
+    return _cast(tensors, dtype, device)
+
+
+def state_space_dual_arguments(
+    batch: int,
+    directions: int,
+    length: int,
+    heads: int,
+    width: int,
+    states: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensor arguments of ``state_space_dual``; leaves that need gradients."""
+    normal = _generator(seed)
+    tensors = {
+        "x": normal(batch, directions, length, heads, width),
+        "dt": normal(batch, directions, length, heads),
+        "A": -normal(directions, heads).exp(),
+        "B": normal(batch, directions, length, states),
+        "C": normal(batch, directions, length, states),
+        "D": normal(directions, heads, width),
+        "dt_bias": normal(directions, heads) - 1,
+    }
+    return _cast(tensors, dtype, device)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest expected value; infinite if not finite."""
+    actual, expected = actual.double(), expected.double()
+    if not actual.numel():
+        return 0.0
+    if not actual.isfinite().all():
+        return float("inf")
+    difference = (actual - expected).abs().max()
+    return (difference / expected.abs().max().clamp_min(1e-300)).item()
+
+
+def output_and_gradients(
+    function: Callable[..., Tensor], arguments: Mapping[str, Tensor], seed: int = 1
+) -> dict[str, Tensor]:
+    """The output, as 'out', and the gradient of every argument for one random output gradient.
+
+    The output gradient is rounded to bfloat16, so that it is the same for every dtype.
+    """
+    out = function(**arguments)
+    grad = _generator(seed)(*out.shape).bfloat16().to(out.device, out.dtype)
+    gradients = torch.autograd.grad(out, list(arguments.values()), grad)
+    return {"out": out.detach(), **dict(zip(arguments, gradients, strict=True))}
+
+
+def errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """:func:`relative_error` by name."""
+    return {name: relative_error(actual[name], expected[name]) for name in expected}

@@ -1,0 +1,526 @@
+"""The selective scan in Triton: kernels that the 1D and the 2D operator share, and their launches.
+
+One program owns a block of channels of one direction of one sequence and walks positions in that
+direction's order, the states in registers: nothing crosses lanes but the sums over channels in the
+backward pass. Maps are channels-last and are never reordered; a path is arithmetic on positions.
+Where there are too few paths to fill the GPU, paths are cut into chunks: one pass finds each
+chunk's decay and end state, a second walks over the chunks to the states that enter them, and the
+walk itself then starts at every chunk at once. ``kernels/README.md`` has the maths and the counts.
+
+The backward pass goes through intervals of a path from the last to the first. It recomputes an
+interval's states into registers from the state that enters it, then runs the adjoint recurrence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.triton_kernels import (
+    selective_scan_bwd_kernel,
+    selective_scan_carry_kernel,
+    selective_scan_fwd_kernel,
+    selective_scan_state_kernel,
+    sum_buffers_kernel,
+)
+from mmvmamba_kernels.triton_support import DEVICES, interpreting
+
+INTERVAL = 8
+"""Positions whose states the backward pass holds in registers at a time."""
+
+MAX_RANK = 64
+"""Largest dt rank that the forward pass expands in registers, from weights in registers.
+
+Beyond it the raw step sizes are a matrix product in memory.
+"""
+
+MAX_RANK_BACKWARD = 16
+"""The same of the backward pass, which needs registers and code for an interval at once.
+
+From there on reading a raw step size costs less than the R loads and products of a position.
+"""
+
+
+class _Warps(NamedTuple):
+    """Warps of one multiprocessor; others are what hides the latency of a walk's every step."""
+
+    enough: int
+    """With fewer, paths are cut into chunks, although that computes every step size twice."""
+    full: int
+    """As many as the registers hold: what paths are cut for."""
+
+
+_FORWARD_WARPS = _Warps(enough=8, full=24)
+_BACKWARD_WARPS = _Warps(enough=6, full=12)
+
+_SHORTEST_CHUNK = 32
+"""Positions below which a walk is not worth its start, where it reads its weights."""
+
+_INTERPRETER_PROCESSORS = 1
+
+_NARROW = 2**31
+"""Elements of one map below which offsets within it have 32 bits."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the operands' elements are, in elements, and which paths lead through them."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    """Of one direction."""
+    states: int
+    paths: tuple[Path, ...]
+    low_rank: int
+    """Columns of ``proj`` before B."""
+    rank: int
+    """The dt rank if the kernels expand it, 0 if the raw step sizes are read."""
+    stride_u: int
+    """From a position to the next in u and in the gradient of y."""
+    stride_u_k: int
+    """From a direction to the next."""
+    stride_y: int
+    """The same in y and in the gradient of u, where k counts the directions of one launch."""
+    stride_y_k: int
+    stride_delta: int
+    """The same in the raw step sizes and in their gradient."""
+    stride_delta_k: int
+
+    @property
+    def lines(self) -> int:
+        """Sequences of one image."""
+        path = self.paths[0]
+        return 1 if not path.per_line else self.width if path.column_major else self.height
+
+    @property
+    def length(self) -> int:
+        """Positions of one sequence."""
+        return self.height * self.width // self.lines
+
+    @property
+    def sequences(self) -> int:
+        return self.batch * self.lines
+
+    @property
+    def saved_interval(self) -> int:
+        """Positions between the states that the forward pass saves, a multiple of INTERVAL.
+
+        One state at every interval is as much memory as a bfloat16 input. Several would be many
+        times the input, so they are saved further apart and the backward pass fills the gaps.
+        """
+        return INTERVAL if self.states == 1 else 8 * INTERVAL
+
+    def carries_shape(self, interval: int | None = None) -> tuple[int, ...]:
+        """Shape of the states at every ``interval`` positions, by default those that are saved."""
+        interval = interval or self.saved_interval
+        intervals = (self.length + interval - 1) // interval
+        return self.sequences, len(self.paths), intervals, self.states, self.channels
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a scan, contiguous; None for one that the layout or the operator lacks."""
+
+    u: Tensor
+    proj: Tensor
+    A: Tensor
+    delta: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    skip: Tensor | None
+    softplus: bool
+    dtype: torch.dtype
+    """Of states and sums."""
+
+
+def waves(directions: int, buffers: int) -> list[tuple[int, int]]:
+    """First direction and number of directions of the launches that share ``buffers`` buffers."""
+    return [(k, min(buffers, directions - k)) for k in range(0, directions, buffers)]
+
+
+def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, int]:
+    """Dtype and number of the maps that directions write before they are summed.
+
+    Every direction has its own in bfloat16. A partial sum may leave float16's range where the whole
+    does not, so that float16 takes float32 maps, and then two for all directions, which is no more
+    memory than a float16 map for each.
+    """
+    if dtype == torch.bfloat16:
+        return dtype, directions
+    return torch.float64 if dtype == torch.float64 else torch.float32, min(directions, 2)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched on the tensor's device."""
+    if tensor.device.type in DEVICES:
+        return torch.get_device_module(tensor.device).device(tensor.device)
+    return nullcontext()
+
+
+def _processors(device: torch.device) -> int:
+    if interpreting():
+        return _INTERPRETER_PROCESSORS
+    index = (
+        torch.get_device_module(device).current_device() if device.index is None else device.index
+    )
+    return triton.runtime.driver.active.utils.get_device_properties(index)["multiprocessor_count"]
+
+
+def chunk_length(programs: int, length: int, processors: int, warps: _Warps, multiple: int) -> int:
+    """Length of the chunks into which paths are cut, or of a whole path.
+
+    Args:
+        programs: Programs, of one warp, that walk whole paths.
+        length: Positions of a path.
+        processors: Multiprocessors of the GPU.
+        warps: How many of them a multiprocessor wants.
+        multiple: What the length must be a multiple of.
+    """
+    cut = programs < processors * warps.enough
+    wanted = triton.cdiv(processors * warps.full, programs) if cut else 1
+    chunk = max(triton.cdiv(length, wanted), _SHORTEST_CHUNK)
+    return triton.cdiv(chunk, multiple) * multiple
+
+
+def channel_block(layout: Layout) -> int:
+    """Channels of one program of the forward pass: two to a lane if no lane is left without work.
+
+    Two share the scalars of a position, but with many states the registers do not last for them.
+    """
+    return 64 if layout.channels % 64 == 0 and layout.states <= 4 else 32
+
+
+def unroll(layout: Layout) -> int:
+    """Positions whose loads are in flight together, limited by the registers that they take."""
+    scalars = layout.rank + 2 * layout.states
+    return 8 if scalars <= 8 else 4 if scalars <= 16 else 2 if scalars <= 64 else 1
+
+
+class _Launch:
+    """What the kernels of one scan have in common."""
+
+    def __init__(
+        self, layout: Layout, operands: Operands, block: int, warps: _Warps, multiple: int
+    ):
+        if layout.height * layout.width >= 2**31:
+            raise ValueError(
+                f"a map of {layout.height} x {layout.width} positions is too large for the Triton "
+                "kernels, which number a map's positions with 32 bits: use backend='reference'"
+            )
+        self.layout, self.operands = layout, operands
+        self.block = block
+        self.blocks = triton.cdiv(layout.channels, block)
+        paths = layout.paths
+        self.directions = len(paths)
+        u = operands.u
+        programs = layout.sequences * self.directions * self.blocks
+        processors = _processors(u.device)
+        self.cut(chunk_length(programs, layout.length, processors, warps, multiple))
+        width = layout.low_rank + 2 * layout.states
+        reach = (
+            layout.height
+            * layout.width
+            * max(layout.stride_u, layout.stride_y, layout.stride_delta, self.directions * width)
+        )
+        compute = tl.float64 if operands.dtype == torch.float64 else tl.float32
+        self.constants = {
+            "K": self.directions,
+            "N": layout.states,
+            "R": layout.rank,
+            "LOW": layout.low_rank,
+            "COLUMN": sum(path.column_major << k for k, path in enumerate(paths)),
+            "REVERSE": sum(path.reverse << k for k, path in enumerate(paths)),
+            "HAS_BIAS": operands.bias is not None,
+            "SOFTPLUS": operands.softplus,
+            "BLOCK_D": block,
+            "ACC": compute,
+            # The start of a map always has 64 bits; within it 32 are faster and mostly enough.
+            "INDEX": tl.int32 if reach < _NARROW else tl.int64,
+            "FAST_LOG": u.is_cuda
+            and torch.version.hip is None
+            and compute == tl.float32
+            and not interpreting(),
+            "num_warps": 1,
+        }
+        # An absent tensor is never read, but a kernel must be given one.
+        self.inputs = tuple(
+            u if t is None else t
+            for t in (operands.delta, operands.proj, operands.weight, operands.bias, operands.A)
+        )
+        self.sizes = (layout.channels, layout.height, layout.width, layout.lines, layout.length)
+        self.strides = (
+            layout.stride_u,
+            layout.stride_u_k,
+            layout.stride_delta,
+            layout.stride_delta_k,
+        )
+
+    def cut(self, chunk: int) -> None:
+        """Cut the paths into chunks of this length."""
+        self.chunk, self.chunks = chunk, triton.cdiv(self.layout.length, chunk)
+
+    def grid(self, directions: int) -> tuple[int]:
+        return (self.blocks * directions * self.chunks * self.layout.sequences,)
+
+    def entering_states(self, u: Tensor, backwards: bool) -> Tensor:
+        """The states that enter the chunks.
+
+        Args:
+            u: The input; backwards, the gradient of the output.
+            backwards: Whether the recurrence is the adjoint one.
+        """
+        layout = self.layout
+        shape = (layout.sequences, self.directions, self.chunks, layout.states, layout.channels)
+        if self.chunks == 1:
+            return u.new_zeros(shape, dtype=self.operands.dtype)
+        state = u.new_empty(shape, dtype=self.operands.dtype)
+        total = u.new_empty(shape[:3] + shape[4:], dtype=self.operands.dtype)
+        selective_scan_state_kernel[self.grid(self.directions)](
+            u,
+            *self.inputs,
+            state,
+            total,
+            *self.sizes,
+            self.chunk,
+            self.chunks,
+            self.blocks,
+            *self.strides,
+            BACKWARDS=backwards,
+            UNROLL=unroll(layout),
+            **self.constants,
+        )
+        blocks = triton.cdiv(layout.channels, 32)
+        selective_scan_carry_kernel[(blocks * self.directions * layout.states * layout.sequences,)](
+            state,
+            total,
+            self.operands.A,
+            layout.channels,
+            self.chunks,
+            blocks,
+            K=self.directions,
+            N=layout.states,
+            BACKWARDS=backwards,
+            UNROLL=8,
+            BLOCK_D=32,
+            ACC=self.constants["ACC"],
+            num_warps=1,
+        )
+        return state
+
+    def walk(
+        self,
+        entering: Tensor | None,
+        carries: Tensor,
+        y: Tensor | None,
+        launches: Sequence[tuple[int, int]],
+        saved: int,
+    ) -> None:
+        """Run the forward kernel.
+
+        Args:
+            entering: The states that enter the chunks; None if they are zero.
+            carries: Where states go; without elements, nowhere.
+            y: Where outputs go; None for nowhere.
+            launches: First direction and number of directions of each launch.
+            saved: Positions between the states that go to ``carries``.
+        """
+        u, skip = self.operands.u, self.operands.skip
+        for first, count in launches:
+            selective_scan_fwd_kernel[self.grid(count)](
+                u,
+                *self.inputs,
+                u if skip is None else skip,
+                u if entering is None else entering,
+                carries,
+                u if y is None else y,
+                *self.sizes,
+                self.chunk,
+                self.chunks,
+                self.blocks,
+                first,
+                count,
+                *self.strides,
+                self.layout.stride_y,
+                self.layout.stride_y_k,
+                HAS_SKIP=skip is not None,
+                ENTER=entering is not None,
+                SAVE=carries.numel() > 0,
+                ACCUMULATE=first > 0 and y is not None,
+                OUTPUT=y is not None,
+                SAVED=saved,
+                UNROLL=unroll(self.layout),
+                **self.constants,
+            )
+
+
+def scan_forward(
+    layout: Layout, operands: Operands, y: Tensor, launches: Sequence[tuple[int, int]], save: bool
+) -> Tensor:
+    """Run the scans.
+
+    Args:
+        layout: The problem.
+        operands: Its tensors.
+        y: Where the outputs go: the first launch writes, later ones add.
+        launches: First direction and number of directions of each launch.
+        save: Save states for the backward pass.
+
+    Returns:
+        The saved states, of ``layout.carries_shape()``; no elements without ``save``.
+    """
+    u = operands.u
+    carries = u.new_empty(layout.carries_shape() if save else (0,), dtype=operands.dtype)
+    if u.numel() == 0:
+        return carries
+    saved = layout.saved_interval
+    with on_device(u):
+        launch = _Launch(layout, operands, channel_block(layout), _FORWARD_WARPS, saved)
+        entering = launch.entering_states(u, backwards=False) if launch.chunks > 1 else None
+        launch.walk(entering, carries, y, launches, saved)
+    return carries
+
+
+def _states_at_intervals(layout: Layout, operands: Operands, carries: Tensor) -> Tensor:
+    """The states at every INTERVAL positions, from those that were saved."""
+    saved = layout.saved_interval
+    if saved == INTERVAL:
+        return carries
+    states = carries.new_empty(layout.carries_shape(INTERVAL))
+    launch = _Launch(layout, operands, channel_block(layout), _FORWARD_WARPS, saved)
+    launch.cut(saved)
+    launch.walk(carries, states, None, [(0, len(layout.paths))], INTERVAL)
+    return states
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward kernels leave for the operators to finish."""
+
+    proj: Tensor
+    """Of B and C at every position, (positions, K, 2N)."""
+    A: Tensor
+    """(K, D, N)"""
+    skip: Tensor | None
+    """(K, D)"""
+
+
+def scan_backward(
+    layout: Layout,
+    operands: Operands,
+    carries: Tensor,
+    grad_y: Tensor,
+    grad_u: Tensor,
+    grad_raw: Tensor,
+    launches: Sequence[tuple[int, int]],
+) -> Gradients:
+    """Run the adjoint scans.
+
+    Args:
+        layout: As in the forward pass.
+        operands: As in the forward pass.
+        carries: What :func:`scan_forward` saved.
+        grad_y: Gradient of the output, laid out as u.
+        grad_u: Where the gradient of u goes, laid out as y: the first launch writes, others add.
+        grad_raw: Where the gradient of the step sizes before softplus goes.
+        launches: First direction and number of directions of each launch.
+
+    Returns:
+        The other gradients, in the dtype of the states.
+    """
+    u, dtype = operands.u, operands.dtype
+    states, channels, directions = layout.states, layout.channels, len(layout.paths)
+    positions = layout.batch * layout.height * layout.width
+    skips = operands.skip is not None
+    if u.numel() == 0:
+        shapes = (0, directions, 2 * states), (directions, channels, states), (directions, channels)
+        proj, rates, skip = (u.new_zeros(shape, dtype=dtype) for shape in shapes)
+        return Gradients(proj, rates, skip if skips else None)
+    with on_device(u):
+        carries = _states_at_intervals(layout, operands, carries)
+        launch = _Launch(layout, operands, 32, _BACKWARD_WARPS, INTERVAL)
+        entering = launch.entering_states(grad_y, backwards=True)
+        grad_proj = u.new_empty((launch.blocks, positions, directions, 2 * states), dtype=dtype)
+        rows = layout.sequences * launch.chunks
+        # With more than one state the kernel adds to what is there.
+        new = u.new_empty if states == 1 else u.new_zeros
+        grad_rates = new((rows, directions, states, channels), dtype=dtype)
+        grad_skip = u.new_empty((rows, directions, channels) if skips else (0,), dtype=dtype)
+        for first, count in launches:
+            selective_scan_bwd_kernel[launch.grid(count)](
+                u,
+                *launch.inputs,
+                operands.skip if skips else u,
+                carries,
+                grad_y,
+                entering,
+                grad_u,
+                grad_raw,
+                grad_proj,
+                grad_rates,
+                grad_skip,
+                *launch.sizes,
+                positions,
+                launch.chunk,
+                launch.chunks,
+                launch.blocks,
+                first,
+                count,
+                *launch.strides,
+                layout.stride_y,
+                layout.stride_y_k,
+                HAS_SKIP=skips,
+                ACCUMULATE=first > 0,
+                INTERVAL=INTERVAL,
+                **launch.constants,
+            )
+    return Gradients(
+        grad_proj.sum(0), grad_rates.sum(0).transpose(1, 2), grad_skip.sum(0) if skips else None
+    )
+
+
+def sum_buffers(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the first dimension, in its order, in float32 or float64."""
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    if out.numel() == 0:
+        return out
+    block = 1024
+    with on_device(parts):
+        sum_buffers_kernel[(triton.cdiv(out.numel(), block),)](
+            parts,
+            out,
+            out.numel(),
+            COUNT=parts.shape[0],
+            BLOCK=block,
+            ACC=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+            num_warps=4,
+        )
+    return out
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A batched product whose sums are not rounded to the factors' dtype.
+
+    Args:
+        a: (K, I, J).
+        b: (K, J, O).
+        dtype: Dtype of sums and result.
+
+    Returns:
+        (K, I, O).
+    """
+    if a.dtype == b.dtype == dtype:
+        return torch.bmm(a, b)
+    unrounded = a.is_cuda and torch.version.hip is None and dtype == torch.float32
+    if unrounded and a.dtype == b.dtype and "dtype" in torch.ops.aten.bmm.overloads():
+        return torch.bmm(a, b, out_dtype=dtype)
+    return torch.bmm(a.to(dtype), b.to(dtype))

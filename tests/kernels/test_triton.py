@@ -1,0 +1,359 @@
+"""The Triton backend, on a GPU where there is one, else through Triton's interpreter on the CPU.
+
+The interpreter is chosen by an environment variable that must be set before Triton is imported,
+which torch does at will: without a GPU one test runs this file in a process of its own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmvmamba_kernels
+from mmvmamba_kernels import BackendError, selective_scan, selective_scan_2d
+from mmvmamba_kernels.testing import (
+    errors,
+    output_and_gradients,
+    relative_error,
+    selective_scan_2d_arguments,
+    selective_scan_2d_oracle,
+    selective_scan_arguments,
+    selective_scan_oracle,
+)
+from mmvmamba_kernels.triton_support import interpreting
+
+# The deterministic algorithms that the fixtures ask for include cuBLAS's, which wants this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}
+
+runs = pytest.mark.skipif(
+    not GPU and not interpreting(),
+    reason="no GPU: test_through_the_interpreter runs this in a process of its own",
+)
+on_gpu = pytest.mark.skipif(not GPU, reason="no GPU: shapes too large for Triton's interpreter")
+
+
+@pytest.mark.skipif(GPU or interpreting(), reason="the tests of this file run directly")
+def test_through_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    folder = Path(mmvmamba_kernels.__file__).parent.parent
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout, result.stdout
+
+
+@pytest.fixture(params=[1, 1000], ids=["whole paths", "chunks"])
+def processors(request, monkeypatch):
+    """One processor cuts paths in few chunks or none, many cut them into the shortest."""
+    from mmvmamba_kernels import triton_scan
+
+    monkeypatch.setattr(triton_scan, "_processors", lambda _: request.param)
+    monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    from mmvmamba_kernels import triton_scan
+
+    monkeypatch.setattr(triton_scan, "_processors", lambda _: 1000)
+    monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
+
+
+def scan_2d(pattern):
+    return lambda **tensors: selective_scan_2d(**tensors, pattern=pattern, backend="triton")
+
+
+def check_2d(arguments, pattern, tolerance=None):
+    """Output and gradients against the oracle."""
+    actual = output_and_gradients(scan_2d(pattern), arguments)
+    expected = output_and_gradients(
+        lambda **tensors: selective_scan_2d_oracle(**tensors, pattern=pattern), arguments
+    )
+    for name, tensor in actual.items():
+        assert tensor.dtype == (arguments["x"] if name == "out" else arguments[name]).dtype
+    tolerance = tolerance or TOLERANCE[arguments["x"].dtype]
+    found = errors(actual, expected)
+    assert max(found.values()) < tolerance, found
+
+
+@runs
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [
+        # batch, height, width, channels, rank, states
+        ("cross2d", (2, 3, 5, 5, 2, 1)),
+        ("cross2d", (1, 1, 11, 3, 1, 1)),
+        ("cross2d", (1, 11, 1, 3, 1, 1)),
+        ("unidi", (1, 3, 3, 2, 1, 1)),
+        ("bidi", (1, 2, 5, 2, 3, 1)),
+        ("rows", (1, 2, 9, 2, 2, 1)),
+        ("columns", (1, 9, 2, 2, 2, 1)),
+    ],
+)
+def test_2d_output_and_gradients(pattern, shape):
+    directions = 2 if pattern in {"rows", "columns"} else 4
+    check_2d(selective_scan_2d_arguments(*shape, directions, device=DEVICE), pattern)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_2d_dtypes(dtype):
+    arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, dtype=dtype, device=DEVICE)
+    check_2d(arguments, "cross2d")
+
+
+@runs
+def test_2d_low_precision_maps_with_float32_parameters():
+    arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, device=DEVICE)
+    for name in ("x", "proj"):
+        arguments[name] = arguments[name].detach().bfloat16().requires_grad_()
+    check_2d(arguments, "cross2d")
+
+
+@runs
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (1, 2, 2, 33, 1, 1),
+        (1, 2, 5, 2, 1, 2),
+        (1, 2, 2, 2, 17, 1),
+        (1, 2, 3, 2, 65, 1),
+    ],
+    ids=["one element", "two channel blocks", "two states", "rank 17", "rank 65"],
+)
+def test_2d_sizes(shape):
+    check_2d(selective_scan_2d_arguments(*shape, 2, device=DEVICE), "rows")
+
+
+@runs
+def test_2d_strided_arguments():
+    arguments = selective_scan_2d_arguments(2, 2, 3, 4, 2, 1, 2, device=DEVICE)
+    expected = scan_2d("rows")(**arguments)
+    arguments = {
+        name: torch.stack([t, t.new_full(t.shape, math.nan)], -1)[..., 0]
+        for name, t in arguments.items()
+    }
+    assert not any(t.is_contiguous() for t in arguments.values())
+    assert torch.equal(scan_2d("rows")(**arguments), expected)
+
+
+@runs
+@pytest.mark.usefixtures("chunks")
+def test_offsets_of_64_bits_change_nothing(monkeypatch):
+    from mmvmamba_kernels import triton_scan
+
+    arguments = selective_scan_2d_arguments(2, 9, 1, 2, 1, 1, 2, device=DEVICE)
+    narrow = output_and_gradients(scan_2d("columns"), arguments)
+    monkeypatch.setattr(triton_scan, "_NARROW", 0)
+    wide = output_and_gradients(scan_2d("columns"), arguments)
+    for name, tensor in narrow.items():
+        assert torch.equal(tensor, wide[name]), name
+
+
+@runs
+@pytest.mark.usefixtures("chunks")
+def test_deterministic():
+    shape = (2, 14, 14, 96, 6, 1) if GPU else (1, 2, 5, 2, 1, 1)
+    arguments = selective_scan_2d_arguments(*shape, device=DEVICE)
+    first = output_and_gradients(scan_2d("cross2d"), arguments)
+    for _ in range(10 if GPU else 1):
+        again = output_and_gradients(scan_2d("cross2d"), arguments)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, again[name]), name
+
+
+@runs
+def test_2d_empty_batch():
+    arguments = selective_scan_2d_arguments(0, 3, 4, 5, 2, 3, device=DEVICE)
+    result = output_and_gradients(scan_2d("cross2d"), arguments)
+    assert result["out"].shape == (0, 3, 4, 5)
+    for name in ("dt_weight", "dt_bias", "A", "D"):
+        assert not result[name].any()
+
+
+@runs
+def test_float16_range():
+    """Inputs of 6e4 and steps of 1e3 give no infinity where the result is in float32's range."""
+    arguments = selective_scan_2d_arguments(1, 2, 5, 2, 1, 1, device=DEVICE)
+    with torch.no_grad():
+        arguments["x"].sign_().mul_(6e4)
+        arguments["dt_bias"].fill_(1e3)
+        arguments["D"].mul_(1e-2)
+    arguments["x"] = arguments["x"].detach().half().requires_grad_()
+    tensors = {name: t.detach() for name, t in arguments.items()}
+    expected = selective_scan_2d_oracle(**tensors)
+    # B so small that the sums of the four directions are within float16, the terms hardly.
+    scale = 6e4 / expected.abs().max()
+    tensors["proj"][..., 1] *= scale
+    tensors["D"] *= scale
+    expected = selective_scan_2d_oracle(**tensors)
+    assert relative_error(selective_scan_2d(**tensors, backend="triton"), expected) < 2e-3
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    grads = output_and_gradients(scan_2d("cross2d"), leaves)
+    for name in set(grads) - {"out"}:
+        exact = output_and_gradients(selective_scan_2d_oracle, leaves)[name]
+        assert grads[name][exact.abs() < 6e4].isfinite().all(), name
+
+
+@runs
+def test_small_steps_keep_their_digits():
+    """softplus(z) is about exp(z) for negative z, to the last digits but a few."""
+    arguments = selective_scan_2d_arguments(1, 1, 8, 4, 1, 1, 2, device=DEVICE)
+    tensors = {name: t.detach() for name, t in arguments.items()}
+    tensors["D"].zero_()
+    for bias in (-16.0, -8.0, -4.0, -3.4, 0.0, 19.9, 20.1):
+        tensors["dt_weight"].zero_()
+        tensors["dt_bias"].fill_(bias)
+        tensors["A"].fill_(-1.0)
+        tensors["proj"].abs_()
+        tensors["x"].abs_()
+        actual = selective_scan_2d(**tensors, pattern="rows", backend="triton").double()
+        expected = selective_scan_2d_oracle(**tensors, pattern="rows")
+        assert ((actual - expected).abs() / expected).max() < 1e-5, bias
+
+
+def scan_1d(**options):
+    return lambda **tensors: selective_scan(**tensors, **options, backend="triton")
+
+
+def check_1d(arguments, **options):
+    actual = output_and_gradients(scan_1d(**options), arguments)
+    expected = output_and_gradients(
+        lambda **tensors: selective_scan_oracle(**tensors, **options), arguments
+    )
+    found = errors(actual, expected)
+    assert max(found.values()) < TOLERANCE[arguments["u"].dtype], found
+
+
+@runs
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        # batch, groups, channels, states, length
+        ((2, 2, 3, 1, 19), torch.float32),
+        ((1, 1, 3, 2, 70), torch.float32),
+        ((1, 2, 2, 16, 9), torch.bfloat16),
+        ((1, 1, 2, 5, 9), torch.float64),
+        ((1, 3, 2, 1, 1), torch.float16),
+    ],
+    ids=str,
+)
+def test_1d_output_and_gradients(shape, dtype):
+    check_1d(selective_scan_arguments(*shape, dtype=dtype, device=DEVICE), delta_softplus=True)
+
+
+@runs
+@pytest.mark.parametrize("absent", [("D",), ("delta_bias",), ("D", "delta_bias")])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_1d_options(absent, softplus):
+    arguments = selective_scan_arguments(1, 2, 2, 1, 9, device=DEVICE)
+    if not softplus:
+        arguments["delta"] = arguments["delta"].detach().abs().requires_grad_()
+    for name in absent:
+        del arguments[name]
+    check_1d(arguments, delta_softplus=softplus)
+
+
+@runs
+def test_1d_out_dtype():
+    arguments = selective_scan_arguments(1, 1, 2, 1, 9, dtype=torch.float16, device=DEVICE)
+    tensors = {name: t.detach() for name, t in arguments.items()}
+    out = selective_scan(**tensors, out_dtype=torch.float32, backend="triton")
+    assert out.dtype == torch.float32
+    assert relative_error(out, selective_scan_oracle(**tensors)) < 1e-5
+
+
+@runs
+def test_registration():
+    arguments = selective_scan_2d_arguments(1, 2, 2, 2, 1, 1, 2, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.mmvmamba.selective_scan_2d.default,
+        (*arguments.values(), "rows", "triton", True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    compiled = torch.compile(scan_2d("rows"), fullgraph=True, backend="aot_eager")
+    expected = output_and_gradients(scan_2d("rows"), arguments)
+    for name, tensor in output_and_gradients(compiled, arguments).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_refusals():
+    arguments = selective_scan_2d_arguments(1, 1, 1, 1, 1, 65, device=DEVICE)
+    if GPU or interpreting():
+        expected = "at most 64 states per channel, A has 65"
+    else:
+        expected = "needs a tensor on cuda or xpu, this one is on 'cpu'"
+    with pytest.raises(BackendError, match=expected):
+        selective_scan_2d(**arguments, backend="triton")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # batch, height, width, channels, rank, states
+        (4, 56, 56, 96, 6, 1),
+        (4, 28, 28, 192, 12, 1),
+        (4, 14, 14, 384, 24, 1),
+        (4, 7, 7, 768, 48, 1),
+        (1, 200, 320, 96, 6, 1),
+        (2, 56, 56, 192, 6, 16),
+        (1, 13, 17, 31, 5, 64),
+        (2, 1, 2**15, 16, 1, 1),
+        (1, 2**10, 2**10, 16, 1, 1),
+    ],
+    ids=str,
+)
+def test_full_shapes(shape, dtype):
+    """Against the reference in float32, which other tests hold against the oracle."""
+    arguments = selective_scan_2d_arguments(*shape, dtype=dtype, device=DEVICE)
+    actual = output_and_gradients(scan_2d("cross2d"), arguments)
+    wide = {name: t.detach().float().requires_grad_() for name, t in arguments.items()}
+    expected = output_and_gradients(
+        lambda **tensors: selective_scan_2d(**tensors, backend="reference"), wide
+    )
+    found = errors(actual, expected)
+    assert max(found.values()) < 5 * TOLERANCE[dtype], found
+
+
+@on_gpu
+def test_more_sequences_than_a_grid_axis_has_programs():
+    arguments = selective_scan_2d_arguments(1, 70_000, 2, 4, 1, 1, 2, device=DEVICE)
+    expected = output_and_gradients(
+        lambda **tensors: selective_scan_2d(**tensors, pattern="rows", backend="reference"),
+        arguments,
+    )
+    found = errors(output_and_gradients(scan_2d("rows"), arguments), expected)
+    assert max(found.values()) < TOLERANCE[torch.float32], found
+
+
+@on_gpu
+def test_other_devices_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    arguments = selective_scan_2d_arguments(1, 4, 5, 8, 2, 1, device="cuda:1")
+    check_2d(arguments, "cross2d")
