@@ -142,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
         # torchrun's default of one thread would leave the other cores idle.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+        # Threads that wait by spinning make a training several times slower wherever anything else
+        # runs on the machine, its own data loader included.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         torchrun.run(options)
     except ChildFailedError as error:

@@ -301,6 +301,8 @@ class VMamba(BaseModule):
         self.outnorm = outnorm
 
         self.apply(_init_module)
+        # As the maps are; convolutions would otherwise reorder their weights in every call.
+        self.to(memory_format=torch.channels_last)
         self._register_load_state_dict_pre_hook(self._accept_conv_weights)
         self._freeze_stages()
 

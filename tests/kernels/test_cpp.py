@@ -279,9 +279,17 @@ def test_opcheck():
     torch.library.opcheck(operator, (*args, True, torch.float32, "cpp", True))
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Compilations of one function are limited per process; other tests need theirs."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("function", [scan, scan_2d], ids=["selective_scan", "selective_scan_2d"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_break(function, dynamic):
+def test_compiles_without_graph_break(function, dynamic, fresh_compiler):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for size in (5, 9) if dynamic else (5,):
         if function is scan_2d:
