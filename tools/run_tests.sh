@@ -13,5 +13,5 @@ export VIRTUAL_ENV=$PROJECT_DIR/.venv PATH=$PROJECT_DIR/.venv/bin:$PATH
 bash tools/lint.sh
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-printf -- '-- tests (about 15 min on two cores)\n'
+printf -- '-- tests (about 6 min on two cores)\n'
 exec python -m pytest -o console_output_style=times --durations=15 "$@"

@@ -37,7 +37,7 @@ def test_golden_logits(case):
     backbone.load_state_dict(data.backbone_weights, strict=False)
     head = MODELS.build(
         {
-            "type": "VMambaClsHead",
+            "type": "mmvmamba.VMambaClsHead",
             "num_classes": 10,
             "in_channels": data.outs[-1].shape[1],
             "norm": backbone.arch.norm,
@@ -72,7 +72,11 @@ def test_official_keys_and_shapes(arch):
     with torch.device("meta"):
         model = VMamba(arch, outnorm=False)
         head = MODELS.build(
-            {"type": "VMambaClsHead", "num_classes": 1000, "in_channels": model.arch.dims[-1]}
+            {
+                "type": "mmvmamba.VMambaClsHead",
+                "num_classes": 1000,
+                "in_channels": model.arch.dims[-1],
+            }
         )
     keys = {k: list(v.shape) for k, v in model.state_dict().items()}
     keys |= {f"classifier.{k}": list(v.shape) for k, v in head.state_dict().items()}
