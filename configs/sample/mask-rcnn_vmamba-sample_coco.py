@@ -10,7 +10,7 @@ _base_ = [
 # The real COCO works too: point this at it.
 data_root = "data/sample/coco/"
 scale = (192, 192)
-max_epochs = 20
+max_epochs = 16
 width = 64
 
 model = dict(

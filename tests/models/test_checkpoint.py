@@ -265,6 +265,24 @@ def test_classifier_keys_go_both_ways():
         classifier_to_official({"neck.w": torch.ones(1)})
 
 
+def test_official_classification_weights_run_in_an_image_classifier():
+    registry = pytest.importorskip("mmpretrain.registry").MODELS
+    data = golden.load("cross_s1")
+    head = {"type": "mmvmamba.VMambaClsHead", "num_classes": 10, "in_channels": 64}
+    backbone = {
+        "type": "mmvmamba.VMamba",
+        "arch": {"dims": 8, "depths": (1, 1, 2, 1)},
+        "out_indices": (3,),
+        "outnorm": False,
+    }
+    model = registry.build(
+        {"type": "mmpretrain.ImageClassifier", "backbone": backbone, "head": head}
+    ).eval()
+    model.load_state_dict(classifier_from_official(data.weights), strict=True)
+    # float32 on both sides, summed in different orders.
+    assert golden.relative_error(model(data.input, mode="tensor"), data.logits) < 1e-4
+
+
 def test_download_that_fails_is_named():
     # A reserved name that no resolver answers.
     with pytest.raises(CheckpointError, match=r"cannot be read.*weights.invalid|weights.invalid"):
