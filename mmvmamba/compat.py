@@ -1,21 +1,21 @@
 """What current versions of the stack need beside mmengine 0.10: a check and two registrations.
 
-Nothing here replaces or patches a function of another package.
+Nothing here replaces or patches a function of another package. The packages are imported where they
+are used, so that the check can speak of one that is missing.
 """
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
-import numpy as np
-import torch
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer
 from packaging.specifiers import SpecifierSet
 
 # Distribution -> (versions that work together, how to get one). mmdet 3.3 and mmseg 1.2 refuse
 # mmcv >= 2.2 (open-mmlab/mmcv#3096); a newer mmengine breaks `package::config` inheritance.
 STACK = {
     "torch": (SpecifierSet(">=2.6"), 'pip install "torch>=2.6"'),
+    # mmengine reads `package::config` names through pkg_resources.
+    "setuptools": (SpecifierSet("<82"), 'pip install "setuptools<82"'),
     "mmengine": (SpecifierSet(">=0.10.5,<0.11"), 'pip install "mmengine>=0.10.5,<0.11"'),
     "mmcv": (
         SpecifierSet(">=2.0.0,<2.2.0"),
@@ -26,6 +26,8 @@ STACK = {
     "mmsegmentation": (SpecifierSet(">=1.2.2,<1.3"), 'pip install "mmsegmentation>=1.2.2,<1.3"'),
     "mmpretrain": (SpecifierSet(">=1.2,<1.3"), 'pip install "mmpretrain>=1.2,<1.3"'),
 }
+# What every use of mmvmamba imports; the others are needed for their own tasks only.
+REQUIRED = ("torch", "mmengine", "mmcv")
 
 
 class StackError(ImportError):
@@ -33,9 +35,9 @@ class StackError(ImportError):
 
 
 def stack_problems() -> list[str]:
-    """Lists the installed packages that do not fit mmvmamba.
+    """Lists the packages that do not fit mmvmamba.
 
-    A package that is not installed is no problem: a user of mmdet alone needs no mmseg.
+    Of those that are not installed only the required ones count: a user of mmdet needs no mmseg.
 
     Returns:
         One line per package: what is there, what is needed and the command that mends it.
@@ -45,6 +47,9 @@ def stack_problems() -> list[str]:
         try:
             found = version(name)
         except PackageNotFoundError:
+            # mmcv's module also comes from a distribution of another name, mmcv-lite.
+            if name in REQUIRED and find_spec(name) is None:
+                problems.append(f"{name} is not installed, mmvmamba needs {window}: {command}")
             continue
         if not window.contains(found, prereleases=True):
             problems.append(f"{name} {found} is installed, mmvmamba needs {window}: {command}")
@@ -68,6 +73,8 @@ def _history_buffer_statistic(owner: type, name: str):
     Raises:
         ValueError: On any other attribute of any other object.
     """
+    from mmengine.logging import HistoryBuffer
+
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
         raise ValueError(
             f"the checkpoint asks for attribute {name!r} of {owner!r}, which is refused"
@@ -82,6 +89,10 @@ def allow_mmengine_checkpoints() -> None:
     weights and reads it back without saying `weights_only` (open-mmlab/mmengine#1655). Only these
     classes are let in; the check stays on.
     """
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+
     core = sys.modules[np.ndarray.__reduce__(np.empty(0))[0].__module__]
     allowed = [HistoryBuffer, np.ndarray, np.dtype]
     allowed += sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)
@@ -101,4 +112,6 @@ def register_config_scope() -> None:
     mmengine keeps a closed table of packages (open-mmlab/mmengine#1410). The entry names a module,
     not the distribution: that is found for a wheel, an editable install and a plain checkout alike.
     """
+    from mmengine.config.utils import MODULE2PACKAGE
+
     MODULE2PACKAGE.setdefault("mmvmamba", "mmvmamba.registry")

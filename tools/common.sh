@@ -55,3 +55,10 @@ run_on_slurm() {
         --ntasks-per-node="$gpus_per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 \
         ${SRUN_ARGS:-} "$python" -u "$@" --launcher slurm
 }
+
+# Hides the GPU, if there is one, from an environment whose mmcv has operators for the CPU alone.
+hide_unusable_gpu() {
+    if grep -q -e '-cpu-' "$PROJECT_DIR/.venv/setup-stamps/mmcv"; then
+        export CUDA_VISIBLE_DEVICES=-1
+    fi
+}

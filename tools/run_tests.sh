@@ -10,6 +10,8 @@ bash tools/setup_env.sh
 unset PYTHONPATH PYTHONHOME
 export VIRTUAL_ENV=$PROJECT_DIR/.venv PATH=$PROJECT_DIR/.venv/bin:$PATH
 
+hide_unusable_gpu
+
 bash tools/lint.sh
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -90,7 +90,9 @@ def prepare_launch(launcher: str, timeout: float | None = None) -> None:
     if launcher == "none":
         return
     place = process_place(launcher)
-    check_gpus(max(int(place["LOCAL_RANK"]) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    # Slurm can show each task only the GPU that is its own.
+    if launcher != "slurm" or "SLURM_GPUS_PER_TASK" not in os.environ:
+        check_gpus(max(int(place["LOCAL_RANK"]) + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if get_device() != "cpu" or distributed.is_initialized():
         return
     os.environ.update(place)

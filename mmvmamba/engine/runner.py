@@ -13,8 +13,10 @@ from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
     find_state_dict,
+    fits,
     is_official_classifier,
     read_checkpoint,
+    split_pretrained,
 )
 
 # What mmengine's checkpoints hold beside the weights and a training cannot go on without.
@@ -89,10 +91,7 @@ class StrictRunner(Runner):
                 "training, and cannot be resumed from. To start a new training from its weights: "
                 f"--cfg-options load_from={filename}"
             )
-        _, state = find_state_dict(checkpoint, filename)
-        if is_official_classifier(state):
-            state = classifier_from_official(state)
-        checkpoint["state_dict"] = state
+        checkpoint["state_dict"] = _weights(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         ignore = () if self._resume else self.cfg.get("load_ignore") or ()
         loaded = load_strictly(self.model, checkpoint["state_dict"], filename, ignore)
@@ -105,12 +104,32 @@ class StrictRunner(Runner):
 
         A training that is resumed must not depend on the pretrained file that it once began with.
         """
-        if not self._resume:
+        if self._resume:
+            return
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        configured = getattr(model, "init_cfg", None)
+        pretrained, others = split_pretrained(configured)
+        if not pretrained:
             super()._init_model_weights()
+            return
+        model.init_cfg = others
+        super()._init_model_weights()
+        model.init_cfg = configured
+        for cfg in pretrained:
+            state = _weights(read_checkpoint(cfg["checkpoint"]), cfg["checkpoint"])
+            prefix = f"{cfg['prefix'].rstrip('.')}." if cfg.get("prefix") else ""
+            state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            load_strictly(model, state, cfg["checkpoint"], self.cfg.get("load_ignore") or ())
+
+
+def _weights(checkpoint: dict, source: str) -> dict[str, Tensor]:
+    """The state dict of a file's content, under our keys."""
+    _, state = find_state_dict(checkpoint, source)
+    return classifier_from_official(state) if is_official_classifier(state) else state
 
 
 def load_strictly(
-    model: nn.Module, state: dict[str, Tensor], source: str, ignore: Sequence[str] = ()
+    model: nn.Module, state: dict[str, Tensor], source: str, ignore: str | Sequence[str] = ()
 ) -> int:
     """Copies a state dict into a model that must have the same keys and shapes.
 
@@ -126,6 +145,8 @@ def load_strictly(
     Raises:
         CheckpointError: If keys are missing, unknown or of another shape, or none is left.
     """
+    if isinstance(ignore, str):
+        ignore = (ignore,)
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     expected = model.state_dict()
@@ -147,7 +168,7 @@ def load_strictly(
         "of another shape": [
             f"{key} {tuple(value.shape)}, the model's is {tuple(expected[key].shape)}"
             for key, value in state.items()
-            if key in expected and value.numel() != expected[key].numel()
+            if key in expected and not fits(value.shape, expected[key].shape)
         ],
     }
     faults = [
@@ -157,13 +178,6 @@ def load_strictly(
     ]
     if not faults and not state:
         faults = ["  no key is left after load_ignore."]
-    if not faults:
-        # A module may take another shape of as many numbers (a 1x1 convolution's weight for a
-        # linear layer's); what it does not take, torch lists.
-        try:
-            model.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            faults = str(error).splitlines()[1:]
     if faults:
         raise CheckpointError(
             f"{source} does not fit the model; nothing is trained or tested with it:\n"
@@ -171,6 +185,7 @@ def load_strictly(
             + "\nCheck that the config is the one the file belongs to. To fine-tune with other "
             "heads, name what may differ, e.g. --cfg-options \"load_ignore=['roi_head']\""
         )
+    model.load_state_dict(state, strict=False)
     return len(state)
 
 

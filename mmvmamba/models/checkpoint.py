@@ -5,15 +5,17 @@ prefixes. Every load reports what became of each key and refuses what it cannot 
 """
 
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
-from mmengine.runner import CheckpointLoader
+from mmengine.dist import barrier, get_local_rank
+from mmengine.model.weight_init import PretrainedInit
 from torch import Tensor, nn
 
 # Where the weights stand in the files we know, in the order of preference: mmengine's own, then
@@ -64,7 +66,7 @@ def read_checkpoint(source: str | Path) -> dict:
     """Reads a checkpoint on the CPU without running anything from it.
 
     Args:
-        source: A local path, or a URL (or any other address mmengine's loader knows).
+        source: A local path, or an http(s) address, whose file is kept in torch.hub's folder.
 
     Returns:
         What the file holds, tensors on the CPU.
@@ -73,28 +75,27 @@ def read_checkpoint(source: str | Path) -> dict:
         CheckpointError: If the file is missing, truncated, damaged, not a checkpoint, or holds
             objects other than tensors, plain containers and mmengine's own records.
     """
-    source = str(source)
+    path = _download(str(source)) if "://" in str(source) else Path(source).expanduser()
+    _check_file(path)
     # The official files carry their training configuration as a yacs CfgNode, a kind of dict: it
     # is read as a plain dict and never as a class of another package.
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
         try:
-            if "://" in source:
-                checkpoint = CheckpointLoader.load_checkpoint(source, map_location="cpu")
-            else:
-                path = Path(source).expanduser()
-                _check_file(path)
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{source} holds more than weights, or is no checkpoint, and was not opened: "
+                f"{path} holds more than weights, or is no checkpoint, and was not opened: "
                 f"{str(error).splitlines()[0]} If you made it yourself, save its state dict alone."
             ) from error
-        except (RuntimeError, EOFError, OSError, URLError, ValueError, KeyError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        # What torch's reader runs into in files that are cut short or are something else.
+        except (
+            *(RuntimeError, EOFError, OSError, ValueError, LookupError, struct.error),
+            *(AttributeError, TypeError, ImportError),
+        ) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{source} cannot be read as a checkpoint, it is damaged or incomplete: "
-                f"{str(error).splitlines()[0]} Fetch or write it again."
+                f"{path} cannot be read as a checkpoint, it is damaged or incomplete: {reason} "
+                "Fetch or write it again."
             ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
@@ -102,6 +103,45 @@ def read_checkpoint(source: str | Path) -> dict:
             f"(under {', '.join(STATE_DICT_ENTRIES)}) or a state dict itself."
         )
     return checkpoint
+
+
+def _download(address: str) -> Path:
+    """Fetches a file once; other processes of the machine wait for the first."""
+    parts = urlparse(address)
+    if parts.scheme not in ("http", "https"):
+        raise CheckpointError(
+            f"checkpoint {address}: only local paths and http(s) addresses are read. Fetch the "
+            "file and give its path."
+        )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(parts.path).name
+    if get_local_rank() == 0 and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(address, str(path))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"checkpoint {address} was not fetched: {error}. Check the address and the "
+                "network, or fetch the file elsewhere and give its path."
+            ) from error
+    barrier()
+    return path
+
+
+def split_pretrained(init_cfg: dict | list[dict] | None) -> tuple[list[dict], list[dict]]:
+    """Separates checkpoints to load from other ways of initialising, in mmengine's `init_cfg`.
+
+    mmengine's own loader is not strict and goes on when a file does not fit.
+
+    Returns:
+        The settings of type 'Pretrained', and the others.
+    """
+    listed = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+
+    def is_pretrained(cfg: dict) -> bool:
+        kind = cfg["type"]
+        return kind is PretrainedInit or str(kind).rpartition(".")[2] == "Pretrained"
+
+    return [c for c in listed if is_pretrained(c)], [c for c in listed if not is_pretrained(c)]
 
 
 def _check_file(path: Path) -> None:
@@ -237,7 +277,7 @@ def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = 
         f"{key} {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
         for key, value in state.items()
         # A 1x1 convolution's weight for a linear layer is taken as it is.
-        if key in expected and not _same_linear(value.shape, expected[key].shape)
+        if key in expected and not fits(value.shape, expected[key].shape)
     ]
     faults = [
         f"{len(keys)} {what}: {_shorten(keys)}"
@@ -258,5 +298,6 @@ def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = 
     return LoadReport(str(source), entry, tuple(state), tuple(kept), tuple(ignored))
 
 
-def _same_linear(found: torch.Size, expected: torch.Size) -> bool:
+def fits(found: torch.Size, expected: torch.Size) -> bool:
+    """Tells whether a weight can be loaded: the same shape, or a 1x1 convolution's for a linear."""
     return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))

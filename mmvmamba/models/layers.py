@@ -5,6 +5,7 @@ All of them take and return maps in channels-last order, (B, H, W, C).
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
@@ -163,6 +164,6 @@ class VSSBlock(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.with_cp and x.requires_grad:
+        if self.with_cp and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False)
         return self._forward(x)

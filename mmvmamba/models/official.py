@@ -163,5 +163,12 @@ class MM_VSSM(VMamba):  # noqa: N801 (the official class name)
             with_cp=use_checkpoint,
             init_cfg=init_cfg,
         )
+        self.pretrained = pretrained
         if pretrained:
             self.load_pretrained(pretrained)
+
+    def init_weights(self) -> None:
+        """Initialises as `init_cfg` says; `pretrained` outlasts an initialisation by the parent."""
+        super().init_weights()
+        if self.pretrained:
+            self.load_pretrained(self.pretrained)

@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvmamba.models.checkpoint import LoadReport, load_backbone
+from mmvmamba.models.checkpoint import LoadReport, load_backbone, split_pretrained
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -410,10 +409,7 @@ class VMamba(BaseModule):
         if self._is_init:
             return
         configured = self.init_cfg
-        listed = [configured] if isinstance(configured, dict) else list(configured or [])
-        pretrained = [c for c in listed if c["type"] in ("Pretrained", PretrainedInit)]
-        # mmengine's own loader is not strict and goes on when a file does not fit.
-        self.init_cfg = [c for c in listed if c not in pretrained]
+        pretrained, self.init_cfg = split_pretrained(configured)
         super().init_weights()
         self.init_cfg = configured
         for cfg in pretrained:

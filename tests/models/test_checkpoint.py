@@ -1,13 +1,18 @@
 """Strict loading: what fits is loaded and reported, what does not is refused by name."""
 
 import collections
+import functools
+import http.server
 import pickle
 import sys
+import threading
 import types
 
 import golden
 import pytest
 import torch
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit
 
 from mmvmamba.models import MM_VSSM, VMamba
 from mmvmamba.models.checkpoint import (
@@ -283,7 +288,71 @@ def test_official_classification_weights_run_in_an_image_classifier():
     assert golden.relative_error(model(data.input, mode="tensor"), data.logits) < 1e-4
 
 
-def test_download_that_fails_is_named():
-    # A reserved name that no resolver answers.
-    with pytest.raises(CheckpointError, match=r"cannot be read.*weights.invalid|weights.invalid"):
-        read_checkpoint("https://weights.invalid/a.pth")
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server over `tmp_path / "web"`; downloads are kept in `tmp_path` too."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def test_address_is_fetched_once_and_loaded_strictly(server, state):
+    folder, address = server
+    file = save(folder / "a.pth", {"model": state})
+    model = backbone(init_cfg={"type": "Pretrained", "checkpoint": f"{address}/a.pth"})
+    model.init_weights()
+    assert_loaded(model, state)
+    file.unlink()
+    load_backbone(backbone(), f"{address}/a.pth")
+
+
+def test_nothing_in_a_fetched_file_is_run(server, state, tmp_path):
+    folder, address = server
+    mark = tmp_path / "mark"
+    save(folder / "evil.pth", {"state_dict": state, "config": Payload(mark)})
+    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+        read_checkpoint(f"{address}/evil.pth")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("address", ["https://weights.invalid/a.pth", "torchvision://resnet50"])
+def test_address_that_cannot_be_fetched_is_named(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"checkpoint {address}.*give its path"):
+        read_checkpoint(address)
+
+
+def test_missing_page_is_named(server):
+    _, address = server
+    with pytest.raises(CheckpointError, match=r"nothing\.pth was not fetched.*404"):
+        read_checkpoint(f"{address}/nothing.pth")
+
+
+@pytest.mark.parametrize("content", [b"r", b"N", b"\x80\x02", b"PK\x03\x04"])
+def test_short_files_are_refused_by_name(tmp_path, content):
+    path = tmp_path / "short.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"short\.pth"):
+        read_checkpoint(path)
+
+
+def test_pretrained_settings_are_strict_under_any_name(tmp_path):
+    path = str(save(tmp_path / "zzz.pth", {"zzz": torch.ones(1)}))
+    for kind in ("Pretrained", "mmengine.Pretrained", PretrainedInit):
+        model = backbone(init_cfg=[{"type": kind, "checkpoint": path}])
+        with pytest.raises(CheckpointError, match="keys are unknown: zzz"):
+            model.init_weights()
+
+
+def test_official_pretrained_argument_outlasts_the_parents_initialisation(tmp_path):
+    data = golden.load("cross_s1")
+    path = save(tmp_path / "a.pth", {"model": data.weights})
+    parent = BaseModule({"type": "TruncNormal", "layer": "Linear", "std": 0.02})
+    parent.backbone = MM_VSSM(**data.kwargs, pretrained=str(path))
+    parent.init_weights()
+    assert_loaded(parent.backbone, data.backbone_weights)

@@ -40,9 +40,17 @@ def test_every_mismatch_is_named_and_nothing_is_loaded(model):
 
 
 def test_as_many_numbers_in_another_shape_are_refused_too(model):
-    state = {**model.state_dict(), "0.weight": torch.ones(2, 3)}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {key: torch.ones_like(value) for key, value in before.items()}
+    state["0.weight"] = torch.ones(2, 3)
     with pytest.raises(CheckpointError, match=r"0\.weight"):
         load_strictly(model, state, "file.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_one_ignored_prefix_may_be_a_plain_string(model):
+    state = {key: torch.ones_like(value) for key, value in model.state_dict().items()}
+    assert load_strictly(model, state, "file.pth", "2.") == len(state) - 2
 
 
 def test_a_long_list_is_cut(model):
