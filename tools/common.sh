@@ -9,6 +9,9 @@ fail() {
     exit 1
 }
 
+# elapsed SECONDS: a duration for people.
+elapsed() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
+
 # The Python that has mmvmamba: the active environment's, else the quick start's, else the system's.
 project_python() {
     local conda=${CONDA_DEFAULT_ENV:-base}

@@ -10,8 +10,6 @@ WORK=work_dirs/quickstart
 LOGS=$WORK/logs
 PICTURE=$WORK/predictions.png
 
-elapsed() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
-
 # Drops from mmengine's progress lines what does not tell how far it is.
 shorten() {
     sed -u -E 's/ - mmengine - [A-Z]+ - / /; s/base_lr: [^ ]+ +lr: [^ ]+ +//; s/time: [^ ]+ +data_time: [^ ]+ +//

@@ -24,8 +24,6 @@ content_hash() {
         cut -c1-16
 }
 
-elapsed() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }
-
 # step NAME KEY DURATION TITLE COMMAND...: runs a command whose result is kept until KEY changes.
 # With WITHOUT set to what is lost, a step that fails is left out instead of ending the set-up.
 step() {
