@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvmamba.models.layers import ACTIVATIONS, ActivationName, ToChannelsFirst, ToChannelsLast
+from mmvmamba.models.layers import (
+    ACTIVATIONS,
+    ActivationName,
+    Linear,
+    ToChannelsFirst,
+    ToChannelsLast,
+    linear,
+)
 from mmvmamba_kernels import selective_scan, selective_scan_2d, state_space_dual
 
 SCANS = ("cross2d", "unidi", "bidi", "cascade2d")
@@ -57,13 +64,13 @@ class SS2D(nn.Module):
         inner = int(ssm_ratio * channels)
         self.scan, self.gated = scan, gated
         self.dt_rank, self.d_state = dt_rank, d_state
-        self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias=False)
+        self.in_proj = Linear(channels, inner * (2 if gated else 1), bias=False)
         self.conv2d = depthwise_conv(inner, dwconv_bias) if dwconv else None
         self.act = ACTIVATIONS[act]()
         self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
         self._init_ssm(inner, d_state, dt_rank, init)
         self.out_norm = nn.LayerNorm(inner, eps=1e-5)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.out_proj = Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
     def _init_ssm(self, inner: int, d_state: int, dt_rank: int, init: InitName) -> None:
@@ -109,7 +116,7 @@ class SS2D(nn.Module):
             x = self._scan_lines(F.layer_norm(x, inner).transpose(1, 2), slice(2, 4))
             return x.transpose(1, 2)
         # Linear in x at the same position: one matrix product serves all directions.
-        proj = F.linear(x, self.x_proj_weight.flatten(0, 1))
+        proj = linear(x, self.x_proj_weight.flatten(0, 1))
         return selective_scan_2d(
             x,
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
@@ -186,7 +193,7 @@ class Mamba2Mixer(nn.Module):
                 f"{heads} heads (dt_rank). Choose dt_rank so that it divides ssm_ratio * dims."
             )
         self.heads, self.d_state = heads, d_state
-        self.in_proj = nn.Linear(channels, inner, bias=False)
+        self.in_proj = Linear(channels, inner, bias=False)
         self.conv2d = None
         if dwconv:
             # In a sequence because the official parameter is named `conv2d.1`.
@@ -206,7 +213,7 @@ class Mamba2Mixer(nn.Module):
         self.A_logs = nn.Parameter(a_log)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS, heads, inner // heads))
         self.out_norm = nn.LayerNorm(inner, eps=1e-5)
-        self.out_proj = nn.Linear(inner, channels, bias=False)
+        self.out_proj = Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
