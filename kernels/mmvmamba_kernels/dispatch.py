@@ -47,6 +47,8 @@ class Backend:
     """None if the backend can run the problem, else why not, as the end of a sentence."""
     slow: bool = False
     """Correct but not fast: an automatic choice of it warns once where that matters."""
+    automatic: bool = True
+    """Whether it may be chosen without being named."""
 
     def load(self) -> ModuleType:
         """The module with the operator's functions."""
@@ -169,7 +171,7 @@ def _choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, lis
         return choice, True, []
 
     reasons = []
-    for choice in _registry[op]:
+    for choice in (b for b in _registry[op] if b.automatic):
         reason = choice.can_run(problem)
         if reason is not None:
             reasons.append(f"{choice.name}: {reason}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import extension, triton_support
+from mmvmamba_kernels import extension, mamba_ssm_support, triton_support
 from mmvmamba_kernels.arguments import (
     FLOATING,
     check_positive,
@@ -20,6 +20,16 @@ _OP = "selective_scan"
 
 register_backend(_OP, Backend("triton", f"{__package__}.triton_impl", triton_support.can_run))
 register_backend(_OP, Backend("cpp", f"{__package__}.cpp_impl", extension.can_run))
+register_backend(
+    _OP,
+    Backend(
+        "mamba_ssm",
+        f"{__package__}.mamba_ssm_impl",
+        mamba_ssm_support.can_run,
+        # Its backward pass is not deterministic, which nobody should get unasked.
+        automatic=False,
+    ),
+)
 register_backend(_OP, Backend("reference", f"{__package__}.reference", slow=True))
 
 
