@@ -116,6 +116,24 @@ def state_space_dual_oracle(
     return out if D is None else out + D[:, None] * x
 
 
+def add_layer_norm_oracle(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mmvmamba_kernels.add_layer_norm` by its definition, in float64."""
+    x, branch, weight, bias, scale = _double(x, branch, weight, bias, scale)
+    if scale is not None:
+        branch = branch * scale.view(-1, *(1,) * (x.ndim - 1))
+    total = x + branch
+    centred = total - total.mean(-1, keepdim=True)
+    variance = (centred * centred).mean(-1, keepdim=True)
+    return total, centred / torch.sqrt(variance + eps) * weight + bias
+
+
 def _generator(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -14,7 +14,6 @@ interval's states into registers from the state that enters it, then runs the ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from mmvmamba_kernels.triton_kernels import (
     selective_scan_state_kernel,
     sum_buffers_kernel,
 )
-from mmvmamba_kernels.triton_support import DEVICES, interpreting
+from mmvmamba_kernels.triton_support import interpreting, multiprocessors, on_device
 
 INTERVAL = 8
 """Positions whose states the backward pass holds in registers at a time."""
@@ -63,8 +62,6 @@ _BACKWARD_WARPS = _Warps(enough=6, full=12)
 
 _SHORTEST_CHUNK = 32
 """Positions below which a walk is not worth its start, where it reads its weights."""
-
-_INTERPRETER_PROCESSORS = 1
 
 _NARROW = 2**31
 """Elements of one map below which offsets within it have 32 bits."""
@@ -160,22 +157,6 @@ def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, i
     return torch.float64 if dtype == torch.float64 else torch.float32, min(directions, 2)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """A context in which kernels are launched on the tensor's device."""
-    if tensor.device.type in DEVICES:
-        return torch.get_device_module(tensor.device).device(tensor.device)
-    return nullcontext()
-
-
-def _processors(device: torch.device) -> int:
-    if interpreting():
-        return _INTERPRETER_PROCESSORS
-    index = (
-        torch.get_device_module(device).current_device() if device.index is None else device.index
-    )
-    return triton.runtime.driver.active.utils.get_device_properties(index)["multiprocessor_count"]
-
-
 def chunk_length(programs: int, length: int, processors: int, warps: _Warps, multiple: int) -> int:
     """Length of the chunks into which paths are cut, or of a whole path.
 
@@ -224,7 +205,7 @@ class _Launch:
         self.directions = len(paths)
         u = operands.u
         programs = layout.sequences * self.directions * self.blocks
-        processors = _processors(u.device)
+        processors = multiprocessors(u.device)
         self.cut(chunk_length(programs, layout.length, processors, warps, multiple))
         width = layout.low_rank + 2 * layout.states
         reach = (

@@ -1,9 +1,13 @@
-"""Whether Triton kernels can run a call, found out without importing Triton."""
+"""Whether Triton kernels can run a call, found out without importing Triton, and where."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
 
 from mmvmamba_kernels.dispatch import Problem
 
@@ -30,3 +34,23 @@ def can_run(problem: Problem) -> str | None:
             f"Triton kernels hold at most {MAX_STATES} states per channel, A has {problem.states}"
         )
     return None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched on the tensor's device."""
+    if tensor.device.type in DEVICES:
+        return torch.get_device_module(tensor.device).device(tensor.device)
+    return nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; one in the interpreter."""
+    if interpreting():
+        return 1
+    # Only launchers of kernels ask, which have imported it.
+    from triton.runtime import driver
+
+    index = (
+        torch.get_device_module(device).current_device() if device.index is None else device.index
+    )
+    return driver.active.utils.get_device_properties(index)["multiprocessor_count"]

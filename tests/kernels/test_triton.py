@@ -67,7 +67,7 @@ def processors(request, monkeypatch):
     """One processor cuts paths in few chunks or none, many cut them into the shortest."""
     from mmvmamba_kernels import triton_scan
 
-    monkeypatch.setattr(triton_scan, "_processors", lambda _: request.param)
+    monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: request.param)
     monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
 
 
@@ -75,7 +75,7 @@ def processors(request, monkeypatch):
 def chunks(monkeypatch):
     from mmvmamba_kernels import triton_scan
 
-    monkeypatch.setattr(triton_scan, "_processors", lambda _: 1000)
+    monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: 1000)
     monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
 
 

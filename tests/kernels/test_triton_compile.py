@@ -75,7 +75,7 @@ def launches(monkeypatch):
     recorded = []
     for name in KERNELS:
         monkeypatch.setattr(triton_scan, name, Recorder(getattr(triton_scan, name), recorded))
-    monkeypatch.setattr(triton_scan, "_processors", lambda _: PROCESSORS)
+    monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: PROCESSORS)
     return recorded
 
 
@@ -99,6 +99,10 @@ def compile_launch(kernel, args, options, architecture):
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value is None:
+            signature[name], constants[name] = "constexpr", None
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1 and specialised:
             signature[name], constants[name] = "constexpr", 1
         else:
@@ -187,6 +191,27 @@ def test_1d_compiles(launches, tmp_path):
     arguments = selective_scan_arguments(1, 2, 64, 16, 300, dtype=torch.bfloat16)
     run("selective_scan", arguments, delta_softplus=True, out_dtype=torch.float32)
     resources = compile_all(launches, 90, tmp_path)
+    assert all(r.stack <= SPILL for r in resources), resources
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("channels", [96, 768, 3072])
+def test_layer_norm_compiles(architecture, channels, monkeypatch, tmp_path):
+    from mmvmamba_kernels.layer_norm import triton_impl
+
+    launches = []
+    for name in ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel"):
+        monkeypatch.setattr(triton_impl, name, Recorder(getattr(triton_impl, name), launches))
+    monkeypatch.setattr(triton_impl, "multiprocessors", lambda _: PROCESSORS)
+    x = torch.zeros(2, 14, 14, channels)
+    branch, scale, weight = x.bfloat16(), torch.ones(2), torch.ones(channels)
+    total, out, statistics = triton_impl.forward(
+        x, branch, scale, weight, weight, 1e-5, torch.bfloat16
+    )
+    triton_impl.backward(total, out, total, statistics, scale, weight, weight, torch.bfloat16)
+    triton_impl.forward(branch, None, None, weight, weight, 1e-5, torch.bfloat16)
+    assert len(launches) == 3
+    resources = compile_all(launches, architecture, tmp_path)
     assert all(r.stack <= SPILL for r in resources), resources
 
 

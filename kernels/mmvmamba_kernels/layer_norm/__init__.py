@@ -1,0 +1,1 @@
+"""Layer normalisation of channels-last maps, with the residual sum before it."""

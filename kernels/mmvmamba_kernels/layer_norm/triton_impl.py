@@ -1,0 +1,244 @@
+"""Layer normalisation in Triton.
+
+A program takes whole rows, several at a time, so that the maps are read once and written once and
+the statistics never leave its registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.triton_support import multiprocessors, on_device
+
+_TILE = 2048
+"""Elements that a program holds of one map: 16 a thread with four warps."""
+
+_MAX_CHANNELS = 1 << 16
+
+_BACKWARD_PROGRAMS = 4
+"""Programs per multiprocessor of the backward pass, each with one partial sum of the gradients of
+weight and bias."""
+
+# Sizes that change from image to image: a kernel compiled for one serves all.
+_SIZES = ("rows", "sample_rows", "programs")
+
+
+@triton.jit
+def _rows(pid, rows, BLOCK_R: tl.constexpr):
+    """This block's rows, and which of them exist."""
+    row = pid * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    return row, row < rows
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def layer_norm_fwd_kernel(
+    x_ptr,
+    branch_ptr,
+    scale_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    out_ptr,
+    statistics_ptr,
+    rows,
+    sample_rows,
+    channels,
+    eps,
+    HAS_BRANCH: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row, row_inside = _rows(tl.program_id(0), rows, BLOCK_R)
+    column = tl.arange(0, BLOCK_C)
+    column_inside = column < channels
+    inside = row_inside[:, None] & column_inside[None, :]
+    place = row[:, None] * channels + column[None, :]
+
+    total = tl.load(x_ptr + place, inside, 0.0)
+    if HAS_BRANCH:
+        branch = tl.load(branch_ptr + place, inside, 0.0).to(ACC)
+        if HAS_SCALE:
+            branch *= tl.load(scale_ptr + row // sample_rows, row_inside, 0.0).to(ACC)[:, None]
+        # The backward pass sees the rounded sum, so it is what is normalised.
+        total = (total.to(ACC) + branch).to(x_ptr.dtype.element_ty)
+        tl.store(total_ptr + place, total, inside)
+    total = total.to(ACC)
+    mean = tl.sum(total, 1) / channels
+    centred = tl.where(inside, total - mean[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+    weight = tl.load(weight_ptr + column, column_inside, 0.0).to(ACC)
+    bias = tl.load(bias_ptr + column, column_inside, 0.0).to(ACC)
+    out = centred * inverse[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), inside)
+    tl.store(statistics_ptr + 2 * row, mean, row_inside)
+    tl.store(statistics_ptr + 2 * row + 1, inverse, row_inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def layer_norm_bwd_kernel(
+    grad_total_ptr,
+    grad_out_ptr,
+    total_ptr,
+    statistics_ptr,
+    scale_ptr,
+    weight_ptr,
+    grad_x_ptr,
+    grad_branch_ptr,
+    partial_ptr,
+    rows,
+    sample_rows,
+    channels,
+    programs,
+    HAS_GRAD_TOTAL: tl.constexpr,
+    HAS_GRAD_BRANCH: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_C)
+    column_inside = column < channels
+    weight = tl.load(weight_ptr + column, column_inside, 0.0).to(ACC)
+    grad_weight = tl.zeros((BLOCK_C,), ACC)
+    grad_bias = tl.zeros((BLOCK_C,), ACC)
+    for block in range(program, tl.cdiv(rows, BLOCK_R), programs):
+        row, row_inside = _rows(block, rows, BLOCK_R)
+        inside = row_inside[:, None] & column_inside[None, :]
+        place = row[:, None] * channels + column[None, :]
+        mean = tl.load(statistics_ptr + 2 * row, row_inside, 0.0)
+        inverse = tl.load(statistics_ptr + 2 * row + 1, row_inside, 0.0)
+        total = tl.load(total_ptr + place, inside, 0.0).to(ACC)
+        normal = tl.where(inside, (total - mean[:, None]) * inverse[:, None], 0.0)
+        grad_out = tl.load(grad_out_ptr + place, inside, 0.0).to(ACC)
+        grad_weight += tl.sum(grad_out * normal, 0)
+        grad_bias += tl.sum(grad_out, 0)
+        grad_normal = grad_out * weight[None, :]
+        along = tl.sum(grad_normal * normal, 1) / channels
+        common = tl.sum(grad_normal, 1) / channels
+        grad = (grad_normal - common[:, None] - normal * along[:, None]) * inverse[:, None]
+        if HAS_GRAD_TOTAL:
+            grad += tl.load(grad_total_ptr + place, inside, 0.0).to(ACC)
+        tl.store(grad_x_ptr + place, grad.to(grad_x_ptr.dtype.element_ty), inside)
+        if HAS_GRAD_BRANCH:
+            if HAS_SCALE:
+                grad *= tl.load(scale_ptr + row // sample_rows, row_inside, 0.0).to(ACC)[:, None]
+            tl.store(grad_branch_ptr + place, grad.to(grad_branch_ptr.dtype.element_ty), inside)
+    partial = partial_ptr + program * channels + column
+    tl.store(partial, grad_weight, column_inside)
+    tl.store(partial + programs * channels, grad_bias, column_inside)
+
+
+def _compute_type(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _blocks(channels: int) -> dict[str, int]:
+    if channels > _MAX_CHANNELS:
+        raise ValueError(
+            f"layer_norm: Triton kernels take at most {_MAX_CHANNELS} channels, got {channels}; "
+            "use backend='reference'"
+        )
+    block = triton.next_power_of_2(channels)
+    return {
+        "BLOCK_R": max(1, _TILE // block),
+        "BLOCK_C": block,
+        "num_warps": 4 if block <= 2 * _TILE else 8,
+    }
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.layer_norm.reference.forward`."""
+    x, branch, scale = (t if t is None else t.contiguous() for t in (x, branch, scale))
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    dtype = state_dtype(x, weight, bias)
+    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
+    out = torch.empty_like(x, dtype=out_dtype)
+    statistics = x.new_empty((rows, 2), dtype=dtype)
+    if rows:
+        blocks = _blocks(channels)
+        with on_device(x):
+            layer_norm_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
+                x,
+                branch,
+                scale,
+                weight.contiguous(),
+                bias.contiguous(),
+                total,
+                out,
+                statistics,
+                rows,
+                rows // x.shape[0],
+                channels,
+                eps,
+                HAS_BRANCH=branch is not None,
+                HAS_SCALE=scale is not None,
+                ACC=_compute_type(dtype),
+                **blocks,
+            )
+    return total, out, statistics
+
+
+def backward(
+    grad_total: Tensor | None,
+    grad_out: Tensor,
+    total: Tensor,
+    statistics: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.layer_norm.reference.backward`."""
+    grad_total, scale = (t if t is None else t.contiguous() for t in (grad_total, scale))
+    grad_out, total = grad_out.contiguous(), total.contiguous()
+    channels = total.shape[-1]
+    rows = total.numel() // channels
+    blocks = _blocks(channels)
+    programs = min(
+        triton.cdiv(rows, blocks["BLOCK_R"]), _BACKWARD_PROGRAMS * multiprocessors(total.device)
+    )
+    grad_x = torch.empty_like(total)
+    grad_branch = total.new_empty(0)
+    if branch_dtype is not None:
+        grad_branch = torch.empty_like(total, dtype=branch_dtype)
+    partial = total.new_empty((2, programs, channels), dtype=statistics.dtype)
+    if rows:
+        with on_device(total):
+            layer_norm_bwd_kernel[(programs,)](
+                grad_total,
+                grad_out,
+                total,
+                statistics,
+                scale,
+                weight.contiguous(),
+                grad_x,
+                grad_branch,
+                partial,
+                rows,
+                rows // total.shape[0],
+                channels,
+                programs,
+                HAS_GRAD_TOTAL=grad_total is not None,
+                HAS_GRAD_BRANCH=branch_dtype is not None,
+                HAS_SCALE=scale is not None,
+                ACC=_compute_type(statistics.dtype),
+                **blocks,
+            )
+    grad_weight, grad_bias = partial
+    return grad_x, grad_branch, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)
