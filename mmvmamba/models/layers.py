@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mmvmamba_kernels import add_layer_norm, layer_norm
 
 NORMS = ("ln", "bn")
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
@@ -51,16 +52,115 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+class KeepsFloat32(nn.Module):
+    """A module some of whose own parameters stay float32 when a model is made narrower.
+
+    `model.bfloat16()` and the like would round them, and they are small but sensitive: steps near
+    1e-3 and rates whose exponentials act over thousands of positions, scales near one.
+    """
+
+    kept_in_float32: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        parameters = [getattr(self, name) for name in self.kept_in_float32]
+        kept = {id(t) for p in parameters if p is not None for t in (p, p.grad)}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if id(tensor) in kept and converted.dtype in (torch.float16, torch.bfloat16):
+                return tensor.to(converted.device)
+            return converted
+
+        return super()._apply(convert, recurse)
+
+
+class LayerNorm(KeepsFloat32, nn.LayerNorm):
+    """Layer normalisation of the last dimension, with float32 statistics and parameters.
+
+    Without autocast the result has the input's dtype. Under autocast it has autocast's, which is
+    what the layer that follows computes in, and float32 for `stream`.
+
+    Args:
+        channels: Channels C of the map.
+        stream: Whether the result starts a residual stream, which autocast leaves in float32.
+    """
+
+    kept_in_float32 = ("weight", "bias")
+
+    def __init__(self, channels: int, stream: bool = False):
+        super().__init__(channels, eps=1e-5)
+        self.stream = stream
+
+    def _out_dtype(self, x: Tensor) -> torch.dtype:
+        device = x.device.type
+        if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return x.dtype
+        return torch.float32 if self.stream else torch.get_autocast_dtype(device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self._out_dtype(x))
+
+    def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
+        return add_layer_norm(
+            x,
+            branch,
+            self.weight,
+            self.bias,
+            scale=scale,
+            eps=self.eps,
+            out_dtype=self._out_dtype(x),
+        )
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation of the last dimension of (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
+    def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
+        x = x + (branch if scale is None else branch * scale.to(branch.dtype).view(-1, 1, 1, 1))
+        return x, self(x)
 
-def build_norm(norm: NormName, channels: int) -> nn.Module:
-    """Makes a normalisation over the last dimension."""
-    return nn.LayerNorm(channels, eps=1e-5) if norm == "ln" else BatchNorm(channels)
+
+def build_norm(norm: NormName, channels: int, stream: bool = False) -> LayerNorm | BatchNorm:
+    """Makes a normalisation over the last dimension; `stream` as `LayerNorm`'s."""
+    return LayerNorm(channels, stream) if norm == "ln" else BatchNorm(channels)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a sample's branch is left out at a rate.
+
+    Branches that stay are divided by the rate of staying.
+    """
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        if not self.drop_prob or not self.training:
+            return None
+        # Drawn in float32: narrower numbers are too coarse to keep the rate.
+        return (torch.rand(x.shape[0], device=x.device) >= self.drop_prob).float()
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample's branch, (B,) in float32; None where all are one."""
+        mask = self._mask(x)
+        return None if mask is None else mask / (1 - self.drop_prob)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual sum of `x` and `branch`, both (B, H, W, C)."""
+        mask = self._mask(x)
+        if mask is None:
+            return x + branch
+        mask = mask.to(branch.dtype).view(-1, 1, 1, 1)
+        return torch.addcmul(x, branch, mask, value=1 / (1 - self.drop_prob))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
 
 
 def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, norm: NormName):
@@ -73,7 +173,7 @@ def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, no
         return nn.Sequential(
             nn.Conv2d(in_channels, channels, kernel_size=4, stride=4),
             ToChannelsLast(),
-            build_norm(norm, channels),
+            build_norm(norm, channels, stream=True),
         )
     return nn.Sequential(
         nn.Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1),
@@ -83,7 +183,7 @@ def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, no
         nn.GELU(),
         nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1),
         ToChannelsLast(),
-        build_norm(norm, channels),
+        build_norm(norm, channels, stream=True),
     )
 
 
@@ -121,7 +221,7 @@ def build_downsample(
         ToChannelsFirst(),
         nn.Conv2d(in_channels, out_channels, kernel_size=kernel, stride=2, padding=padding),
         ToChannelsLast(),
-        build_norm(norm, out_channels),
+        build_norm(norm, out_channels, stream=True),
     )
 
 
@@ -169,7 +269,7 @@ class VSSBlock(nn.Module):
         super().__init__()
         self.norm = build_norm(norm, channels)
         self.op = op
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         self.mlp = None
         if mlp_ratio > 0:
             self.norm2 = build_norm(norm, channels)
@@ -177,10 +277,11 @@ class VSSBlock(nn.Module):
         self.with_cp = with_cp
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        branch = self.op(self.norm(x))
+        if self.mlp is None:
+            return self.drop_path(x, branch)
+        x, normal = self.norm2.of_sum(x, branch, self.drop_path.scale(x))
+        return self.drop_path(x, self.mlp(normal))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():

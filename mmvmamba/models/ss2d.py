@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     ActivationName,
+    KeepsFloat32,
+    LayerNorm,
     Linear,
     ToChannelsFirst,
     ToChannelsLast,
@@ -28,7 +30,7 @@ InitName = Literal["mamba", "rand", "zero"]
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
-class SS2D(nn.Module):
+class SS2D(KeepsFloat32):
     """2D selective scan: projections, depth-wise convolution, the scan, normalisation.
 
     Args:
@@ -45,6 +47,8 @@ class SS2D(nn.Module):
             the alternatives of the paper's appendix H.2.
         drop: Dropout rate of the output.
     """
+
+    kept_in_float32 = ("dt_projs_bias", "A_logs", "Ds")
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class SS2D(nn.Module):
         self.act = ACTIVATIONS[act]()
         self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
         self._init_ssm(inner, d_state, dt_rank, init)
-        self.out_norm = nn.LayerNorm(inner, eps=1e-5)
+        self.out_norm = LayerNorm(inner)
         self.out_proj = Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
@@ -152,7 +156,7 @@ class SS2D(nn.Module):
         return parameter.unflatten(0, (DIRECTIONS, -1))
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(KeepsFloat32):
     """SS2D with Mamba-2's state-space duality in place of the selective scan.
 
     Channels are grouped into `heads` that share one decay and one time step per position, and the
@@ -172,6 +176,8 @@ class Mamba2Mixer(nn.Module):
     Raises:
         ValueError: If the inner channels do not divide by `heads`.
     """
+
+    kept_in_float32 = ("dt_projs_bias", "A_logs", "Ds")
 
     def __init__(
         self,
@@ -212,7 +218,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_projs_bias = nn.Parameter(dt_bias)
         self.A_logs = nn.Parameter(a_log)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS, heads, inner // heads))
-        self.out_norm = nn.LayerNorm(inner, eps=1e-5)
+        self.out_norm = LayerNorm(inner)
         self.out_proj = Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 

@@ -175,7 +175,7 @@ def test_frozen_stages(frozen):
 
 def test_drop_path_rates_grow_linearly_and_act_only_in_training():
     model = VMamba(SMALL | {"drop_path_rate": 0.4})
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for la in model.layers for b in la.blocks]
+    rates = [b.drop_path.drop_prob for la in model.layers for b in la.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
     image = torch.randn(8, 3, 32, 32)
     torch.manual_seed(0)
