@@ -115,3 +115,24 @@ def register_config_scope() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault("mmvmamba", "mmvmamba.registry")
+
+
+def mend_inductor_strides() -> None:
+    """Lets torch.compile train channels-last models at sizes that change.
+
+    PyTorch 2.11's Inductor sorts the strides of what is saved for the backward pass as if they were
+    numbers, and stops at symbolic ones with "cannot determine truth value of Relational"
+    (pytorch/pytorch#185510). Its own symbolic comparison is given the shapes it needs.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    original = ir.get_fill_order
+    if getattr(original, "mended", False):
+        return
+
+    def get_fill_order(seq, shape_env=None):
+        return original(seq, V.graph.sizevars.shape_env if shape_env is None else shape_env)
+
+    get_fill_order.mended = True
+    ir.get_fill_order = get_fill_order

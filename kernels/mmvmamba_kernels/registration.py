@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Operator:
         options: Schema types of the other arguments, by name.
         sizes: From the arguments' shapes to the number of scanned elements (channels times
             positions of all sequences) and the state dimension.
+        flops: From the arguments' shapes to the operations of the forward pass; without it, those
+            of a scan.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Operator:
         tensors: tuple[str, ...],
         options: Mapping[str, str],
         sizes: Callable[[Arguments], tuple[int, int]],
+        flops: Callable[[Arguments], int] | None = None,
     ):
         self.name = name
         self._tensors = tuple(t.rstrip("?") for t in tensors)
         self._names = (*self._tensors, *options)
         self._sizes = sizes
+        self._flops = flops or self._scan_flops
         inputs = ", ".join(
             [f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors]
             + [f"{kind} {option}" for option, kind in options.items()]
@@ -103,7 +107,7 @@ class Operator:
         *values, backend, save_carries = values
         arguments = self._named(values)
         implementation = self._implementation(arguments, backend)
-        with _autocast_off(values[0]):
+        with autocast_off(values[0]):
             return implementation.forward(**arguments, save_carries=save_carries)
 
     def _forward_fake(self, *values) -> tuple[Tensor, Tensor]:
@@ -127,7 +131,7 @@ class Operator:
                 f"{self.name}: the backward pass got saved states of shape {tuple(carries.shape)}, "
                 f"expected {expected}. Forward and backward must run on one backend."
             )
-        with _autocast_off(grad_out):
+        with autocast_off(grad_out):
             grads = implementation.backward(grad_out, carries, **arguments)
         # Operators cannot return None.
         return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
@@ -159,8 +163,10 @@ class Operator:
         )
 
     def _forward_flops(self, *shapes, **_) -> int:
+        return self._flops(self._named(shapes[: len(self._names)]))
+
+    def _scan_flops(self, shapes: Arguments) -> int:
         # 9 N per element, as the authors of Mamba count, and one for the skip.
-        shapes = self._named(shapes[: len(self._names)])
         elements, states = self._sizes(shapes)
         return elements * (9 * states + (shapes["D"] is not None))
 
@@ -169,9 +175,13 @@ class Operator:
         return 2 * self._forward_flops(*shapes)
 
 
-def _autocast_off(tensor: Tensor) -> AbstractContextManager:
+def autocast_off(tensor: Tensor) -> AbstractContextManager:
     """A context in which autocast casts nothing: an operator decides its own dtypes.
 
     Autocast stays active inside a custom operator and would otherwise cast the products inside it.
     """
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    # Asking costs a fraction of entering it, and there is none for meta tensors.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

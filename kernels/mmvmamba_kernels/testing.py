@@ -134,6 +134,25 @@ def add_layer_norm_oracle(
     return total, centred / torch.sqrt(variance + eps) * weight + bias
 
 
+def depthwise_conv_oracle(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "silu"
+) -> Tensor:
+    """:func:`mmvmamba_kernels.depthwise_conv` as a sum of nine shifted maps, in float64."""
+    x, weight, bias = _double(x, weight, bias)
+    _, height, width, _ = x.shape
+    around = F.pad(x, (0, 0, 1, 1, 1, 1))
+    z = 0 if bias is None else bias
+    for p in range(3):
+        for q in range(3):
+            z = z + weight[:, 0, p, q] * around[:, p : p + height, q : q + width]
+    return {
+        "silu": lambda: z / (1 + torch.exp(-z)),
+        "gelu": lambda: z * (1 + torch.erf(z / 2**0.5)) / 2,
+        "relu": lambda: torch.where(z > 0, z, 0),
+        "none": lambda: z,
+    }[act]()
+
+
 def _generator(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -219,6 +238,25 @@ def state_space_dual_arguments(
         "C": normal(batch, directions, length, states),
         "D": normal(directions, heads, width),
         "dt_bias": normal(directions, heads) - 1,
+    }
+    return _cast(tensors, dtype, device)
+
+
+def depthwise_conv_arguments(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensor arguments of ``depthwise_conv``; leaves that need gradients."""
+    normal = _generator(seed)
+    tensors = {
+        "x": normal(batch, height, width, channels),
+        "weight": normal(channels, 1, 3, 3) / 3,
+        "bias": normal(channels),
     }
     return _cast(tensors, dtype, device)
 

@@ -8,7 +8,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmvmamba.compat import mend_inductor_strides
 from mmvmamba.engine.launch import prepare_launch
+from mmvmamba.models import VMamba
 from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
@@ -59,6 +61,35 @@ class StrictRunner(Runner):
         # mmengine asks for it whatever the device.
         os.environ.setdefault("LOCAL_RANK", "0")
         return super().wrap_model(wrapper, model)
+
+    def _maybe_compile(self, target: str) -> None:
+        """Compiles the backbone, if the config says `compile=True` or `compile=dict(...)`.
+
+        mmengine would compile the whole step, in which data pre-processors, losses and samplers
+        break the graph and every number of boxes compiles it anew. The backbone is one graph for
+        all sizes. A dict holds `torch.compile`'s options, and with `target` among them the named
+        method of the model is compiled as upstream does.
+        """
+        options = self.cfg.get("compile") or False
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        backbone = getattr(model, "backbone", None)
+        if backbone is None or not options or (options is not True and "target" in options):
+            super()._maybe_compile(target)
+            return
+        if backbone._compiled_call_impl is not None:
+            # Compiled for the training already; the validation runs it too.
+            return
+        mend_inductor_strides()
+        options = {} if options is True else dict(options)
+        if isinstance(backbone, VMamba):
+            options.setdefault("fullgraph", True)
+        backbone.compile(**options)
+        self.logger.info(
+            f"{type(backbone).__name__} goes through torch.compile({options}): the first "
+            "iterations take minutes, and once more when the image size first changes."
+        )
 
     def load_checkpoint(
         self,

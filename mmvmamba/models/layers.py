@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvmamba_kernels import add_layer_norm, layer_norm
 
 NORMS = ("ln", "bn")
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 _MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
@@ -91,14 +91,15 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
         super().__init__(channels, eps=1e-5)
         self.stream = stream
 
-    def _out_dtype(self, x: Tensor) -> torch.dtype:
+    def out_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the result for such an input, here and now."""
         device = x.device.type
         if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
             return x.dtype
         return torch.float32 if self.stream else torch.get_autocast_dtype(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self._out_dtype(x))
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
 
     def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
@@ -109,7 +110,7 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
             self.bias,
             scale=scale,
             eps=self.eps,
-            out_dtype=self._out_dtype(x),
+            out_dtype=self.out_dtype(x),
         )
 
 
@@ -231,7 +232,7 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int, act: ActivationName, drop: float = 0.0):
         super().__init__()
         self.fc1 = Linear(channels, hidden)
-        self.act = ACTIVATIONS[act]()
+        self.act = ACTIVATIONS[act]
         self.fc2 = Linear(hidden, channels)
         self.drop = nn.Dropout(drop)
 

@@ -13,11 +13,14 @@ from mmvmamba.models.layers import (
     KeepsFloat32,
     LayerNorm,
     Linear,
-    ToChannelsFirst,
-    ToChannelsLast,
     linear,
 )
-from mmvmamba_kernels import selective_scan, selective_scan_2d, state_space_dual
+from mmvmamba_kernels import (
+    depthwise_conv,
+    selective_scan,
+    selective_scan_2d_norm,
+    state_space_dual,
+)
 
 SCANS = ("cross2d", "unidi", "bidi", "cascade2d")
 INITS = ("mamba", "rand", "zero")
@@ -69,8 +72,8 @@ class SS2D(KeepsFloat32):
         self.scan, self.gated = scan, gated
         self.dt_rank, self.d_state = dt_rank, d_state
         self.in_proj = Linear(channels, inner * (2 if gated else 1), bias=False)
-        self.conv2d = depthwise_conv(inner, dwconv_bias) if dwconv else None
-        self.act = ACTIVATIONS[act]()
+        self.conv2d = build_depthwise_conv(inner, dwconv_bias) if dwconv else None
+        self.act = act
         self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
         self._init_ssm(inner, d_state, dt_rank, init)
         self.out_norm = LayerNorm(inner)
@@ -106,28 +109,32 @@ class SS2D(KeepsFloat32):
         x = self.in_proj(x)
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
-        x = self.act(x if self.conv2d is None else conv_channels_last(self.conv2d, x))
-        y = self.out_norm(self._scan(x))
+        y = self._scan(convolve(self.conv2d, self.act, x))
         if self.gated:
-            y = y * self.act(gate)
+            y = y * ACTIVATIONS[self.act](gate)
         return self.dropout(self.out_proj(y))
 
     def _scan(self, x: Tensor) -> Tensor:
+        """The scan and the normalisation of its output."""
         if self.scan == "cascade2d":
             # Rows first, then columns, each on a normalised map (paper, figure 12: cascade scan).
             inner = x.shape[-1:]
             x = self._scan_lines(F.layer_norm(x, inner), slice(0, 2))
             x = self._scan_lines(F.layer_norm(x, inner).transpose(1, 2), slice(2, 4))
-            return x.transpose(1, 2)
+            return self.out_norm(x.transpose(1, 2))
         # Linear in x at the same position: one matrix product serves all directions.
         proj = linear(x, self.x_proj_weight.flatten(0, 1))
-        return selective_scan_2d(
+        return selective_scan_2d_norm(
             x,
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
             self.dt_projs_weight,
             self.dt_projs_bias,
             self._per_direction(-self.A_logs.float().exp()),
             self._per_direction(self.Ds),
+            self.out_norm.weight,
+            self.out_norm.bias,
+            eps=self.out_norm.eps,
+            out_dtype=self.out_norm.out_dtype(x),
             pattern=self.scan,
         )
 
@@ -203,10 +210,8 @@ class Mamba2Mixer(KeepsFloat32):
         self.conv2d = None
         if dwconv:
             # In a sequence because the official parameter is named `conv2d.1`.
-            self.conv2d = nn.Sequential(
-                ToChannelsFirst(), depthwise_conv(inner, dwconv_bias), ToChannelsLast()
-            )
-        self.act = ACTIVATIONS[act]()
+            self.conv2d = nn.Sequential(nn.Identity(), build_depthwise_conv(inner, dwconv_bias))
+        self.act = act
         self.x_proj_weight = nn.Parameter(projection_weight(heads + 2 * d_state, inner))
         shape = (DIRECTIONS, heads)
         if init == "mamba":
@@ -225,7 +230,8 @@ class Mamba2Mixer(KeepsFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map, (B, H, W, C) to (B, H, W, C)."""
         x = self.in_proj(x)
-        x = self.act(x if self.conv2d is None else self.conv2d(x))
+        conv = None if self.conv2d is None else self.conv2d[1]
+        x = convolve(conv, self.act, x)
         return self.dropout(self.out_proj(self.out_norm(self._scan(x))))
 
     def _scan(self, x: Tensor) -> Tensor:
@@ -275,12 +281,15 @@ def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
     )
 
 
-def depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
+def build_depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=bias)
 
 
-def conv_channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def convolve(conv: nn.Conv2d | None, act: ActivationName, x: Tensor) -> Tensor:
+    """The depth-wise convolution, if there is one, and the activation, of (B, H, W, C)."""
+    if conv is None:
+        return ACTIVATIONS[act](x)
+    return depthwise_conv(x, conv.weight, conv.bias, act=act)
 
 
 def projection_weight(out_features: int, in_features: int) -> Tensor:

@@ -9,8 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvmamba_kernels import selective_scan, selective_scan_2d, state_space_dual
+from mmvmamba_kernels import (
+    depthwise_conv,
+    selective_scan,
+    selective_scan_2d,
+    state_space_dual,
+)
 from mmvmamba_kernels.testing import (
+    depthwise_conv_arguments,
     output_and_gradients,
     relative_error,
     selective_scan_2d_arguments,
@@ -27,10 +33,18 @@ class Case(NamedTuple):
     options: tuple
     """The options of the registered operator, after its tensors."""
     flops: int
-    """9 N L D a direction and L D for the skip, at size 5."""
+    """At size 5: of a scan 9 N L D a direction and L D for the skip, of a convolution two a
+    weight."""
 
 
 CASES = {
+    "depthwise_conv": Case(
+        # By itself it would be PyTorch's own operations on the CPU.
+        functools.partial(depthwise_conv, backend="reference"),
+        lambda size, **kwargs: depthwise_conv_arguments(2, size, size + 2, 3, **kwargs),
+        ("silu",),
+        2 * 35 * 3 * 2 * 9,
+    ),
     "selective_scan": Case(
         functools.partial(selective_scan, delta_softplus=True),
         lambda size, **kwargs: selective_scan_arguments(2, 2, 3, 2, 10 * size, **kwargs),
@@ -70,12 +84,15 @@ def test_opcheck(name, case):
     torch.library.opcheck(overload, (*plain, *case.options, "reference", False))
 
 
-@pytest.mark.parametrize("name", ["selective_scan", "state_space_dual"])
-def test_opcheck_with_absent_arguments(name):
+@pytest.mark.parametrize(
+    ("name", "present"), [("depthwise_conv", 2), ("selective_scan", 5), ("state_space_dual", 5)]
+)
+def test_opcheck_with_absent_arguments(name, present):
     case = CASES[name]
     args = list(case.arguments(5).values())
+    args[present:] = [None] * (len(args) - present)
     overload = getattr(torch.ops.mmvmamba, name).default
-    torch.library.opcheck(overload, (*args[:5], None, None, *case.options, "auto", True))
+    torch.library.opcheck(overload, (*args, *case.options, "auto", True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvmamba_kernels.testing import selective_scan_2d_arguments, selective_scan_arguments
+from mmvmamba_kernels.testing import (
+    depthwise_conv_arguments,
+    selective_scan_2d_arguments,
+    selective_scan_arguments,
+)
 from mmvmamba_kernels.triton_support import interpreting
 
 pytestmark = pytest.mark.skipif(
@@ -111,8 +115,8 @@ def compile_launch(kernel, args, options, architecture):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = dict(options)
     warps = options.pop("num_warps")
-    if "FAST_LOG" in options:
-        options["FAST_LOG"] = options["ACC"] == triton.language.float32
+    for fast in {"FAST", "FAST_LOG"} & set(options):
+        options[fast] = options["ACC"] == triton.language.float32
     for name, value in options.items():
         signature[name], constants[name] = "constexpr", value
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -213,6 +217,34 @@ def test_layer_norm_compiles(architecture, channels, monkeypatch, tmp_path):
     assert len(launches) == 3
     resources = compile_all(launches, architecture, tmp_path)
     assert all(r.stack <= SPILL for r in resources), resources
+
+
+# Of one warp; what the registers of a multiprocessor, 65536, are shared among.
+CASES_CONV = {
+    # batch, height, width, channels; dtype, activation, most registers of a thread
+    "stage 1": ((128, 56, 56, 96), torch.bfloat16, "silu", 96),
+    "stage 2": ((2, 28, 28, 192), torch.bfloat16, "silu", 96),
+    "columns left over, gelu": ((1, 50, 50, 192), torch.bfloat16, "gelu", 112),
+    "float16, few columns": ((2, 7, 3, 96), torch.float16, "silu", 96),
+    "float32, no activation": ((1, 14, 14, 128), torch.float32, "none", 128),
+    "float64, channels left over": ((1, 9, 9, 33), torch.float64, "relu", 144),
+}
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("case", CASES_CONV)
+def test_depthwise_conv_compiles(case, architecture, monkeypatch, tmp_path):
+    from mmvmamba_kernels.depthwise_conv import triton_impl
+
+    launches = []
+    for name in ("depthwise_conv_fwd_kernel", "depthwise_conv_bwd_kernel"):
+        monkeypatch.setattr(triton_impl, name, Recorder(getattr(triton_impl, name), launches))
+    monkeypatch.setattr(triton_impl, "multiprocessors", lambda _: PROCESSORS)
+    shape, dtype, act, registers = CASES_CONV[case]
+    run("depthwise_conv", depthwise_conv_arguments(*shape, dtype=dtype), act=act)
+    assert len(launches) == 3
+    resources = compile_all(launches, architecture, tmp_path)
+    assert all(r.stack == 0 and r.registers <= registers for r in resources), resources
 
 
 @pytest.mark.slow

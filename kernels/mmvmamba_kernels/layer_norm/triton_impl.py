@@ -48,8 +48,10 @@ def layer_norm_fwd_kernel(
     sample_rows,
     channels,
     eps,
+    PARTS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    STORE_TOTAL: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -60,15 +62,21 @@ def layer_norm_fwd_kernel(
     inside = row_inside[:, None] & column_inside[None, :]
     place = row[:, None] * channels + column[None, :]
 
-    total = tl.load(x_ptr + place, inside, 0.0)
+    total = tl.load(x_ptr + place, inside, 0.0).to(ACC)
+    for _ in tl.static_range(1, PARTS):
+        # x is PARTS maps, one after another, whose sum is meant.
+        x_ptr += rows.to(tl.int64) * channels
+        total += tl.load(x_ptr + place, inside, 0.0).to(ACC)
     if HAS_BRANCH:
         branch = tl.load(branch_ptr + place, inside, 0.0).to(ACC)
         if HAS_SCALE:
             branch *= tl.load(scale_ptr + row // sample_rows, row_inside, 0.0).to(ACC)[:, None]
-        # The backward pass sees the rounded sum, so it is what is normalised.
-        total = (total.to(ACC) + branch).to(x_ptr.dtype.element_ty)
-        tl.store(total_ptr + place, total, inside)
-    total = total.to(ACC)
+        total += branch
+    # The backward pass sees the rounded sum, so it is what is normalised.
+    rounded = total.to(total_ptr.dtype.element_ty)
+    if STORE_TOTAL:
+        tl.store(total_ptr + place, rounded, inside)
+    total = rounded.to(ACC)
     mean = tl.sum(total, 1) / channels
     centred = tl.where(inside, total - mean[:, None], 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
@@ -163,18 +171,67 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.layer_norm.reference.forward`."""
-    x, branch, scale = (t if t is None else t.contiguous() for t in (x, branch, scale))
-    channels = x.shape[-1]
-    rows = x.numel() // channels
-    dtype = state_dtype(x, weight, bias)
-    total = torch.empty_like(x) if branch is not None else x.new_empty(0)
-    out = torch.empty_like(x, dtype=out_dtype)
-    statistics = x.new_empty((rows, 2), dtype=dtype)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format) if branch is not None else x
+    out, statistics = _launch_forward(
+        x[None], branch, scale, weight, bias, eps, total, out_dtype, store=branch is not None
+    )
+    return total if branch is not None else x.new_empty(0), out, statistics
+
+
+def normalise_sum(
+    parts: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum over the first dimension, in its order, and its normalisation.
+
+    Args:
+        parts: (parts, ..., C).
+        weight: Scale, (C,).
+        bias: Shift, (C,).
+        eps: What is added to the variance.
+        dtype: To which the sum is rounded.
+        out_dtype: Dtype of the normalised result.
+        save: Whether the sum is wanted.
+
+    Returns:
+        The sum (no elements unless it is wanted), its normalisation and the statistics, as
+        :func:`forward`.
+    """
+    # The kernel asks it for its dtype alone if it is not stored.
+    total = parts.new_empty(parts.shape[1:] if save else (0,), dtype=dtype)
+    out, statistics = _launch_forward(
+        parts, None, None, weight, bias, eps, total, out_dtype, store=save
+    )
+    return total, out, statistics
+
+
+def _launch_forward(
+    parts: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    total: Tensor,
+    out_dtype: torch.dtype,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    parts, branch, scale = (t if t is None else t.contiguous() for t in (parts, branch, scale))
+    channels = parts.shape[-1]
+    rows = parts[0].numel() // channels
+    dtype = state_dtype(parts, weight, bias)
+    out = parts.new_empty(parts.shape[1:], dtype=out_dtype)
+    statistics = parts.new_empty((rows, 2), dtype=dtype)
     if rows:
         blocks = _blocks(channels)
-        with on_device(x):
+        with on_device(parts):
             layer_norm_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
-                x,
+                parts,
                 branch,
                 scale,
                 weight.contiguous(),
@@ -183,15 +240,17 @@ def forward(
                 out,
                 statistics,
                 rows,
-                rows // x.shape[0],
+                rows // parts.shape[1],
                 channels,
                 eps,
+                PARTS=parts.shape[0],
                 HAS_BRANCH=branch is not None,
                 HAS_SCALE=scale is not None,
+                STORE_TOTAL=store,
                 ACC=_compute_type(dtype),
                 **blocks,
             )
-    return total, out, statistics
+    return out, statistics
 
 
 def backward(

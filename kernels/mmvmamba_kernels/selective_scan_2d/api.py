@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from mmvmamba_kernels import extension, triton_support
@@ -73,34 +75,45 @@ def selective_scan_2d(
         "A": A,
         "D": D,
     }
-    check_tensors(_OP, arguments)
+    check_arguments(_OP, arguments, pattern)
+    return _operator({**arguments, "pattern": pattern}, check_name(_OP, backend))
+
+
+def check_arguments(op: str, arguments: Mapping[str, Tensor], pattern: str) -> None:
+    """Check the arguments of a 2D scan; ``op`` is the function that messages name.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
+    """
+    check_tensors(op, arguments)
     if pattern not in PATTERNS:
-        raise ValueError(f"{_OP}: pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+        raise ValueError(f"{op}: pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
     directions = len(PATTERNS[pattern])
-    check_rank(_OP, "x", x, "(B, H, W, D)")
-    check_rank(_OP, "dt_weight", dt_weight, "(K, D, R)")
-    check_rank(_OP, "A", A, "(K, D, N)")
+    x, proj, dt_weight, dt_bias, A, D = arguments.values()
+    check_rank(op, "x", x, "(B, H, W, D)")
+    check_rank(op, "dt_weight", dt_weight, "(K, D, R)")
+    check_rank(op, "A", A, "(K, D, N)")
     batch, height, width, channels = x.shape
     rank, states = dt_weight.shape[2], A.shape[2]
-    check_positive(_OP, H=height, W=width, D=channels, R=rank, N=states)
+    check_positive(op, H=height, W=width, D=channels, R=rank, N=states)
     check_shape(
-        _OP,
+        op,
         "dt_weight",
         dt_weight,
         f"(K, D, R) with pattern {pattern!r}",
         (directions, channels, rank),
     )
-    check_shape(_OP, "dt_bias", dt_bias, "(K, D)", (directions, channels))
-    check_shape(_OP, "A", A, "(K, D, N)", (directions, channels, states))
-    check_shape(_OP, "D", D, "(K, D)", (directions, channels))
+    check_shape(op, "dt_bias", dt_bias, "(K, D)", (directions, channels))
+    check_shape(op, "A", A, "(K, D, N)", (directions, channels, states))
+    check_shape(op, "D", D, "(K, D)", (directions, channels))
     check_shape(
-        _OP,
+        op,
         "proj",
         proj,
         "(B, H, W, K, R + 2N)",
         (batch, height, width, directions, rank + 2 * states),
     )
-    return _operator({**arguments, "pattern": pattern}, check_name(_OP, backend))
 
 
 def _sizes(shapes: Arguments) -> tuple[int, int]:

@@ -95,11 +95,30 @@ def forward(
         The output in ``x``'s dtype, and states along every path in the state's dtype (no elements
         unless ``save_carries``).
     """
+    parts, carries = forward_parts(x, proj, dt_weight, dt_bias, A, D, pattern, save_carries)
+    return sum_buffers(parts, x.dtype), carries
+
+
+def forward_parts(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    pattern: str,
+    save_carries: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`forward` before its last sum.
+
+    Returns:
+        Maps whose sum over the first dimension, in its order, is the output, and the states.
+    """
     layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK)
     dtype, buffers = partial_buffers(x.dtype, len(layout.paths))
     parts = x.new_empty((buffers, *x.shape), dtype=dtype)
     carries = scan_forward(layout, operands, parts, waves(len(layout.paths), buffers), save_carries)
-    return sum_buffers(parts, x.dtype), carries
+    return parts, carries
 
 
 def backward(

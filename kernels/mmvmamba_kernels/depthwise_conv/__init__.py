@@ -1,0 +1,1 @@
+"""The depth-wise 3x3 convolution with bias and activation."""

@@ -1,0 +1,221 @@
+"""The depth-wise convolution in Triton, forward and backward.
+
+The backward pass is two kernels: one recomputes what the activation took and writes the gradient
+of that, and the programs' sums for weight and bias; the other is the forward kernel, run on that
+gradient with the filters turned by half a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.depthwise_conv.triton_kernels import (
+    depthwise_conv_bwd_kernel,
+    depthwise_conv_fwd_kernel,
+)
+from mmvmamba_kernels.triton_support import interpreting, multiprocessors, on_device
+
+_WARPS = 16
+"""Programs, of one warp, that a multiprocessor wants; with fewer, maps are cut into fewer rows."""
+
+_SHORTEST = 2
+"""Rows of the shortest programs, which read the two around them as well."""
+
+_LONGEST_FORWARD = 16
+"""Rows at which their overlap costs little: shorter programs share out the work more evenly."""
+
+_LONGEST_BACKWARD = 64
+"""The same where every program leaves partial sums: longer ones leave less to add."""
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How a map is cut into programs."""
+
+    columns: int
+    strips: int
+    rows: int
+    chunks: int
+    block: int
+    programs: int
+    """Of one channel block."""
+    blocks: int
+
+    def sizes(self, shape: torch.Size) -> tuple[int, ...]:
+        """Arguments of a kernel."""
+        return shape[1], shape[2], self.strips, self.chunks, self.rows
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.programs * self.blocks,)
+
+
+def tiling(
+    shape: torch.Size, dtype: torch.dtype, block: int, longest: int, processors: int
+) -> _Tiling:
+    """Cut maps into strips of columns and chunks of rows.
+
+    Args:
+        shape: (B, H, W, C).
+        dtype: Of sums, which decides how many a thread can hold.
+        block: Channels of a program.
+        longest: Most rows of a program.
+        processors: Multiprocessors of the GPU.
+    """
+    batch, height, width, channels = shape
+    # Seven divides the maps of a 224 x 224 image.
+    choices = (4,) if dtype == torch.float64 or width <= 4 else (8, 7)
+    columns = min(choices, key=lambda p: triton.cdiv(width, p) * p)
+    strips, blocks = triton.cdiv(width, columns), triton.cdiv(channels, block)
+    wanted = triton.cdiv(processors * _WARPS, max(batch * strips * blocks, 1))
+    chunks = max(triton.cdiv(height, longest), min(wanted, triton.cdiv(height, _SHORTEST)))
+    rows = triton.cdiv(height, chunks)
+    chunks = triton.cdiv(height, rows)
+    return _Tiling(columns, strips, rows, chunks, block, batch * strips * chunks, blocks)
+
+
+def _positions(x: Tensor) -> tuple[Tensor, int]:
+    """The map with channels next to each other, and elements from a position to the next.
+
+    A slice of the channels of a wider map, as a gated mixer takes, is read where it is.
+    """
+    _, height, width, _ = x.shape
+    stride = x.stride(2) if width > 1 else x.stride(1) if height > 1 else x.stride(0)
+    expected = (height * width * stride, width * stride, stride, 1)
+    apart = zip(x.shape, x.stride(), expected, strict=True)
+    if stride >= x.shape[3] and all(size == 1 or a == b for size, a, b in apart):
+        return x, stride
+    return x.contiguous(), x.shape[3]
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The filters as (9, C), so that neighbouring channels are neighbours in memory."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _channel_block(channels: int, dtype: torch.dtype) -> int:
+    """Channels of one program where two to a lane fit in registers and leave no lane idle."""
+    return 64 if channels % 64 == 0 and dtype != torch.float64 else 32
+
+
+def _scale(x: Tensor) -> float:
+    """What the gradient before the activation is multiplied by while it is in memory.
+
+    A derivative may exceed one, by up to an eighth, and a float16 gradient be at its limit.
+    """
+    return 0.5 if x.dtype == torch.float16 else 1.0
+
+
+def _constants(x: Tensor, tiles: _Tiling, dtype: torch.dtype, act: str) -> Mapping[str, object]:
+    nvidia = x.is_cuda and torch.version.hip is None and not interpreting()
+    return {
+        "C": x.shape[3],
+        "P": tiles.columns,
+        "FULL": x.shape[2] % tiles.columns == 0,
+        "BLOCK_C": tiles.block,
+        "ACT": act,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "FAST": nvidia and dtype == torch.float32,
+        "num_warps": 1,
+    }
+
+
+def _convolve(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    act: str,
+    flip: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """The forward kernel; ``flip`` turns the filters, ``scale`` multiplies what they give."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    x, stride = _positions(x)
+    block = _channel_block(x.shape[3], dtype)
+    tiles = tiling(x.shape, dtype, block, _LONGEST_FORWARD, multiprocessors(x.device))
+    with on_device(x):
+        depthwise_conv_fwd_kernel[tiles.grid](
+            x,
+            taps,
+            bias if bias is None else bias.contiguous(),
+            out,
+            *tiles.sizes(x.shape),
+            STRIDE=stride,
+            FLIP=flip,
+            SCALE=scale,
+            HAS_BIAS=bias is not None,
+            **_constants(x, tiles, dtype, act),
+        )
+    return out
+
+
+def carries_shape(**_) -> tuple[int, ...]:
+    """Nothing is saved beside the arguments."""
+    return (0,)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, save_carries: bool
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mmvmamba_kernels.depthwise_conv`.
+
+    Returns:
+        The output in ``x``'s dtype, and a tensor without elements.
+    """
+    del save_carries
+    dtype = state_dtype(x, weight, bias)
+    return _convolve(x, _taps(weight), bias, dtype, act), x.new_empty(0, dtype=dtype)
+
+
+def backward(
+    grad_out: Tensor, carries: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of :func:`forward`.
+
+    Args:
+        grad_out: Gradient of the output, like ``x``.
+        carries: What :func:`forward` saved: nothing.
+        x: As in the forward pass; so are the rest.
+
+    Returns:
+        The gradients of x, weight and bias, each in its own dtype; None for an absent bias.
+    """
+    dtype, scale = carries.dtype, _scale(x)
+    channels, taps = x.shape[3], _taps(weight)
+    grad_z = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, stride = _positions(x)
+    tiles = tiling(x.shape, dtype, 32, _LONGEST_BACKWARD, multiprocessors(x.device))
+    partial = x.new_empty((tiles.programs, 10, channels), dtype=dtype)
+    if x.numel():
+        with on_device(x):
+            depthwise_conv_bwd_kernel[tiles.grid](
+                x,
+                taps,
+                bias if bias is None else bias.contiguous(),
+                grad_out.contiguous(),
+                grad_z,
+                partial,
+                *tiles.sizes(x.shape),
+                STRIDE=stride,
+                SCALE=scale,
+                HAS_BIAS=bias is not None,
+                **_constants(x, tiles, dtype, act),
+            )
+    sums = partial.sum(0)
+    grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype)
+    return (
+        _convolve(grad_z, taps, None, dtype, "none", flip=True, scale=1 / scale),
+        grad_weight.contiguous(),
+        # A copy: compilers take an operator's results to be aligned, as a view need not be.
+        None if bias is None else sums[9].to(bias.dtype, copy=True),
+    )

@@ -1,0 +1,318 @@
+"""Device code of the depth-wise convolution; ``triton_impl.py`` beside it launches it.
+
+A program is one warp that owns a block of channels of P neighbouring columns and slides down the
+rows. A lane holds its channels of all P columns, so the columns' overlap and the rows' overlap are
+in registers: an element is loaded once a program, and nothing crosses lanes.
+"""
+
+# ruff: noqa: RET505, RUF005 - a constexpr branch must stay one, and Triton has no unpacking
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Sizes that change from image to image: a kernel compiled for one serves all.
+_SIZES = ("height", "width", "strips", "chunks", "rows")
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_RSQRT2 = tl.constexpr(0.7071067811865476)
+_RSQRT2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _sigmoid(z, FAST: tl.constexpr):
+    if FAST:
+        # A precise exponential and division cost more than the nine products.
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
+            "=f,f",
+            [z * -_LOG2E],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _activation(z, ACT: tl.constexpr, FAST: tl.constexpr):
+    if ACT == "silu":
+        return z * _sigmoid(z, FAST)
+    elif ACT == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * _RSQRT2))
+    elif ACT == "relu":
+        return tl.where(z <= 0.0, 0.0, z)
+    else:
+        return z
+
+
+@triton.jit
+def _derivative(z, ACT: tl.constexpr, FAST: tl.constexpr):
+    if ACT == "silu":
+        s = _sigmoid(z, FAST)
+        return s + s * z * (1.0 - s)
+    elif ACT == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * _RSQRT2)) + z * _RSQRT2PI * tl.exp(-0.5 * z * z)
+    elif ACT == "relu":
+        return tl.where(z <= 0.0, 0.0, 1.0)
+    else:
+        return tl.full(z.shape, 1.0, z.dtype)
+
+
+@triton.jit
+def _program(
+    height, width, strips, chunks, rows, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """What a program works on, from its number.
+
+    The grid has one axis, the one that is not limited to 65535; neighbouring programs read the same
+    lines of memory.
+
+    Returns:
+        The first of its channels, of its columns and of its rows, the number of its rows, and the
+        position of the first of those in memory.
+    """
+    blocks = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    pid = pid // blocks
+    column = pid % strips * P
+    pid = pid // strips
+    first = pid % chunks * rows
+    image = (pid // chunks).to(tl.int64)
+    position = (image * height + first) * width + column
+    return block * BLOCK_C, column, first, tl.minimum(rows, height - first), position
+
+
+@triton.jit
+def _channels(start, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program's channels and which of them exist: known to be all where the blocks fit."""
+    c = start + tl.arange(0, BLOCK_C)
+    if C % BLOCK_C == 0:
+        return c, tl.full((BLOCK_C,), True, tl.int1)
+    else:
+        return c, c < C
+
+
+@triton.jit
+def _taps(taps_ptr, c, inside, C: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
+    """The nine weights of every channel, row by row; turned by half a turn with FLIP."""
+    taps = ()
+    for t in tl.static_range(9):
+        tap_ptr = taps_ptr + (8 - t if FLIP else t) * C
+        taps = taps + (tl.load(tap_ptr + c, mask=inside, other=0.0).to(ACC),)
+    return taps
+
+
+@triton.jit
+def _load_row(
+    ptr,
+    row,
+    column,
+    inside,
+    height,
+    width,
+    STRIDE: tl.constexpr,
+    P: tl.constexpr,
+    FULL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A row's P columns and the one on each side, zeros outside the map.
+
+    Args:
+        ptr: Where the row's first column is, for every channel.
+        FULL: Whether all P columns are inside every map, so that only the other two may be outside.
+    """
+    exists = inside & (row >= 0) & (row < height)
+    values = ()
+    for j in tl.static_range(P + 2):
+        if j == 0:
+            mask = exists & (column > 0)
+        elif FULL and j < P + 1:
+            mask = exists
+        else:
+            mask = exists & (column + (j - 1) < width)
+        values = values + (tl.load(ptr + (j - 1) * STRIDE, mask=mask, other=0.0).to(ACC),)
+    return values
+
+
+@triton.jit
+def _add(total, values, taps, j: tl.constexpr, row: tl.constexpr):
+    """Add what one row of the filter gives at column j."""
+    total += taps[3 * row] * values[j]
+    total += taps[3 * row + 1] * values[j + 1]
+    return total + taps[3 * row + 2] * values[j + 2]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def depthwise_conv_fwd_kernel(
+    x_ptr,
+    taps_ptr,
+    bias_ptr,
+    out_ptr,
+    height,
+    width,
+    strips,
+    chunks,
+    rows,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    P: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    FLIP: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The activation of SCALE times the convolution of x and the bias.
+
+    A row of x is needed by three rows of the output. It is added to all three as it is read, so
+    that two rows of unfinished sums are what a program keeps, and of x nothing.
+
+    Args:
+        x_ptr: The map, STRIDE elements from a position to the next.
+        taps_ptr: (9, C).
+        bias_ptr: (C,).
+        out_ptr: Contiguous.
+        strips: Groups of P columns in a row of the map.
+        chunks: Groups of rows in a map.
+        rows: Rows of such a group.
+    """
+    start, column, first, count, position = _program(
+        height, width, strips, chunks, rows, C, P, BLOCK_C
+    )
+    c, inside = _channels(start, C, BLOCK_C)
+    taps = _taps(taps_ptr, c, inside, C, FLIP, ACC)
+    bias = tl.zeros((BLOCK_C,), ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
+
+    step = width.to(tl.int64) * STRIDE
+    x_row = x_ptr + position * STRIDE + c
+    out_row = out_ptr + position * C + c
+    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, FULL, ACC)
+    ending = ()
+    begun = ()
+    for j in tl.static_range(P):
+        ending = ending + (_add(_add(bias, above, taps, j, 0), here, taps, j, 1),)
+        begun = begun + (_add(bias, here, taps, j, 0),)
+    for i in range(count):
+        x_row += step
+        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+        following = ()
+        starting = ()
+        for j in tl.static_range(P):
+            out = _activation(_add(ending[j], below, taps, j, 2) * SCALE, ACT, FAST)
+            mask = inside if FULL else inside & (column + j < width)
+            tl.store(out_row + j * C, out.to(out_ptr.dtype.element_ty), mask=mask)
+            following = following + (_add(begun[j], below, taps, j, 1),)
+            starting = starting + (_add(bias, below, taps, j, 0),)
+        ending = following
+        begun = starting
+        out_row += width.to(tl.int64) * C
+
+
+@triton.jit
+def _add_products(sums, above, here, below, grad, j: tl.constexpr):
+    """Add a column's share of the gradients of the nine weights."""
+    return (
+        sums[0] + above[j] * grad,
+        sums[1] + above[j + 1] * grad,
+        sums[2] + above[j + 2] * grad,
+        sums[3] + here[j] * grad,
+        sums[4] + here[j + 1] * grad,
+        sums[5] + here[j + 2] * grad,
+        sums[6] + below[j] * grad,
+        sums[7] + below[j + 1] * grad,
+        sums[8] + below[j + 2] * grad,
+    )
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def depthwise_conv_bwd_kernel(
+    x_ptr,
+    taps_ptr,
+    bias_ptr,
+    grad_out_ptr,
+    grad_z_ptr,
+    partial_ptr,
+    height,
+    width,
+    strips,
+    chunks,
+    rows,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    P: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The gradient of what the activation takes, and of weight and bias.
+
+    Args:
+        x_ptr: The map, STRIDE elements from a position to the next.
+        taps_ptr: (9, C).
+        bias_ptr: (C,).
+        grad_out_ptr: Gradient of the output, contiguous.
+        grad_z_ptr: Where SCALE times the gradient of the convolution's result goes, contiguous.
+        partial_ptr: Where every program's sums go: of the nine weights and the bias, (programs of
+            one channel block, 10, C).
+        strips: Groups of P columns in a row of the map.
+        chunks: Groups of rows in a map.
+        rows: Rows of such a group.
+    """
+    start, column, first, count, position = _program(
+        height, width, strips, chunks, rows, C, P, BLOCK_C
+    )
+    c, inside = _channels(start, C, BLOCK_C)
+    taps = _taps(taps_ptr, c, inside, C, False, ACC)
+    sums = ()
+    for _ in tl.static_range(9):
+        sums = sums + (tl.zeros((BLOCK_C,), ACC),)
+    total = tl.zeros((BLOCK_C,), ACC)
+    bias = tl.zeros((BLOCK_C,), ACC)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
+
+    step = width.to(tl.int64) * STRIDE
+    x_row = x_ptr + position * STRIDE + c
+    offset = position * C + c
+    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, FULL, ACC)
+    for i in range(count):
+        x_row += step
+        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+        for j in tl.static_range(P):
+            mask = inside if FULL else inside & (column + j < width)
+            grad = tl.load(grad_out_ptr + offset + j * C, mask=mask, other=0.0).to(ACC)
+            if ACT != "none":
+                z = _add(_add(bias, above, taps, j, 0), here, taps, j, 1)
+                grad *= _derivative(_add(z, below, taps, j, 2), ACT, FAST)
+            if not FULL:
+                # Outside the map the derivative may not be finite.
+                grad = tl.where(mask, grad, 0.0)
+            tl.store(
+                grad_z_ptr + offset + j * C,
+                (grad * SCALE).to(grad_z_ptr.dtype.element_ty),
+                mask=mask,
+            )
+            sums = _add_products(sums, above, here, below, grad, j)
+            total += grad
+        above = here
+        here = below
+        offset += width.to(tl.int64) * C
+    partial = partial_ptr + (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * (10 * C) + c
+    for tap in tl.static_range(9):
+        tl.store(partial + tap * C, sums[tap], mask=inside)
+    tl.store(partial + 9 * C, total, mask=inside)

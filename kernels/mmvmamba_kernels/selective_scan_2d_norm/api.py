@@ -1,0 +1,223 @@
+"""The 2D selective scan and the normalisation of its sum: public function and registration.
+
+The scan's last step sums the directions. Where Triton runs it, that sum is normalised before it
+leaves the registers; everywhere else, and in compiled graphs, this is ``selective_scan_2d`` and
+then ``layer_norm``, with the same result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
+from mmvmamba_kernels.dispatch import Problem, check_name, resolve
+from mmvmamba_kernels.layer_norm.api import layer_norm
+from mmvmamba_kernels.registration import autocast_off
+from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
+
+_OP = "selective_scan_2d_norm"
+_SCAN = "selective_scan_2d"
+
+
+def selective_scan_2d_norm(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    pattern: str = "cross2d",
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`mmvmamba_kernels.selective_scan_2d` and a layer normalisation of its result.
+
+    Differentiable once in every tensor argument, each gradient in its argument's dtype, and
+    deterministic. Source: the out_norm of "VMamba: Visual State Space Model", arXiv 2401.10166.
+
+    Args:
+        x: The map, (B, H, W, D); this and the next five as ``selective_scan_2d`` takes them.
+        proj: (B, H, W, K, R + 2N).
+        dt_weight: (K, D, R).
+        dt_bias: (K, D).
+        A: (K, D, N).
+        D: (K, D).
+        norm_weight: Scale of the normalisation, (D,).
+        norm_bias: Shift of the normalisation, (D,).
+        eps: What is added to the variance.
+        out_dtype: Dtype of the result; None for that of ``x``.
+        pattern: As ``selective_scan_2d``'s.
+        backend: Of the scan; None chooses one per call.
+
+    Returns:
+        The normalised sum over the K directions, (B, H, W, D).
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor, or ``out_dtype`` is not a
+            floating-point dtype.
+        ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
+        BackendError: If the backend does not exist or cannot run this call.
+    """
+    if not _runs_fused(x, A, backend):
+        y = selective_scan_2d(x, proj, dt_weight, dt_bias, A, D, pattern=pattern, backend=backend)
+        return layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
+    scan = {
+        "x": x,
+        "proj": proj,
+        "dt_weight": dt_weight,
+        "dt_bias": dt_bias,
+        "A": A,
+        "D": D,
+    }
+    check_arguments(_OP, scan, pattern)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_tensors(_OP, {"x": x, **norm})
+    for name, tensor in norm.items():
+        check_shape(_OP, name, tensor, "(D,)", (x.shape[3],))
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if out_dtype not in FLOATING:
+        raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
+    tensors = (*scan.values(), *norm.values())
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return _forward_op(*tensors, eps, out_dtype, pattern, save)[0]
+
+
+def _runs_fused(x: Tensor, A: Tensor, backend: str | None) -> bool:
+    """Whether Triton runs the scan, outside of a compiler."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(A, Tensor):
+        return False
+    problem = Problem(x.device, x.dtype, states=A.shape[-1] if A.ndim else 1, work=0)
+    module = resolve(_SCAN, check_name(_SCAN, backend), problem, quiet=True)
+    return module.__name__.endswith("triton_impl")
+
+
+# Triton is what these two are for, so it is imported with them, and not before.
+def _forward(
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    pattern: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mmvmamba_kernels.layer_norm.triton_impl import normalise_sum
+    from mmvmamba_kernels.selective_scan_2d.triton_impl import forward_parts
+
+    with autocast_off(x):
+        parts, carries = forward_parts(x, proj, dt_weight, dt_bias, A, D, pattern, save)
+        total, out, statistics = normalise_sum(
+            parts, norm_weight, norm_bias, eps, x.dtype, out_dtype, save
+        )
+    return out, total, statistics, carries
+
+
+def _backward(
+    grad_out: Tensor,
+    total: Tensor,
+    statistics: Tensor,
+    carries: Tensor,
+    x: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pattern: str,
+) -> tuple[Tensor, ...]:
+    from mmvmamba_kernels.layer_norm import triton_impl as norm
+    from mmvmamba_kernels.selective_scan_2d import triton_impl as scan
+
+    with autocast_off(x):
+        grad_total, _, grad_weight, grad_bias = norm.backward(
+            None, grad_out, total, statistics, None, norm_weight, norm_bias, None
+        )
+        grads = scan.backward(grad_total, carries, x, proj, dt_weight, dt_bias, A, D, pattern)
+    return *grads, grad_weight, grad_bias
+
+
+_TENSORS = (
+    "Tensor x, Tensor proj, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, "
+    "Tensor norm_weight, Tensor norm_bias"
+)
+_forward_op = torch.library.custom_op(
+    f"mmvmamba::{_OP}",
+    _forward,
+    mutates_args=(),
+    schema=f"({_TENSORS}, float eps, ScalarType out_dtype, str pattern, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+_backward_op = torch.library.custom_op(
+    f"mmvmamba::{_OP}_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor total, Tensor statistics, Tensor carries, {_TENSORS}, "
+    f"str pattern) -> ({', '.join(['Tensor'] * 8)})",
+)
+
+
+@_forward_op.register_fake
+def _(x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype, pattern, save):
+    del eps
+    from mmvmamba_kernels.selective_scan_2d.triton_impl import carries_shape
+
+    scan_dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+    return (
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty(x.shape if save else (0,)),
+        x.new_empty((x.shape[:3].numel(), 2), dtype=state_dtype(x, norm_weight, norm_bias)),
+        x.new_empty(carries_shape(x, A, pattern) if save else (0,), dtype=scan_dtype),
+    )
+
+
+@_backward_op.register_fake
+def _(_grad_out, _total, _statistics, _carries, *tensors_and_pattern):
+    return tuple(t.new_empty(t.shape) for t in tensors_and_pattern[:-1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _, _, ctx.pattern, _ = inputs
+    _, total, statistics, carries = output
+    ctx.save_for_backward(total, statistics, carries, *tensors)
+    ctx.mark_non_differentiable(total, statistics, carries)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 12
+    return *_backward_op(grad_out, *ctx.saved_tensors, ctx.pattern), None, None, None, None
+
+
+def _double_backward(_ctx, *_grads) -> None:
+    raise RuntimeError(
+        f"{_OP} is differentiable once: its backward pass has no gradient. Call backward() or "
+        "autograd.grad() without create_graph=True."
+    )
+
+
+_forward_op.register_autograd(_autograd, setup_context=_setup_context)
+_backward_op.register_autograd(_double_backward)
+
+
+@register_flop_formula(getattr(torch.ops.mmvmamba, _OP))
+def _forward_flops(x_shape, _proj, _weight, _bias, A_shape, *_, **__) -> int:
+    return x_shape.numel() * A_shape[0] * (9 * A_shape[2] + 1)
+
+
+@register_flop_formula(getattr(torch.ops.mmvmamba, f"{_OP}_backward"))
+def _backward_flops(_grad, _total, _statistics, _carries, *shapes, **_) -> int:
+    return 2 * _forward_flops(*shapes)

@@ -1,0 +1,32 @@
+"""`compile=` in a config: the backbone is compiled, in each of the three tasks."""
+
+import math
+
+import pytest
+import torch
+from tiny import TASKS, command_line, scalars
+
+from mmvmamba.engine import cli
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_compiled_training(name, project, sample_data, tmp_path, monkeypatch):
+    task = TASKS[name]
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def record(module, *args, **options):
+        compiled.append((type(module).__name__, options))
+        original(module, *args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", record)
+    arguments = command_line(task, project, sample_data, tmp_path)
+    # The graphs of the compiler without its code generation, which takes minutes on a CPU.
+    cli.train(cli.parse_train_arguments([*arguments, "compile.backend=aot_eager"]))
+    # Once, for the training and its validation.
+    assert compiled == [("VMamba", {"backend": "aot_eager", "fullgraph": True})]
+    losses = [line["loss"] for line in scalars(tmp_path) if "loss" in line]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)
+    keys = torch.load(tmp_path / task.last, weights_only=True)["state_dict"]
+    assert "backbone.patch_embed.0.weight" in keys

@@ -1,0 +1,148 @@
+"""The 2D scan with its normalisation: the same as one after the other, wherever it runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmvmamba_kernels
+from mmvmamba_kernels import layer_norm, selective_scan_2d, selective_scan_2d_norm
+from mmvmamba_kernels.testing import (
+    add_layer_norm_oracle,
+    errors,
+    output_and_gradients,
+    selective_scan_2d_arguments,
+    selective_scan_2d_oracle,
+)
+from mmvmamba_kernels.triton_support import interpreting
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TRITON = GPU or interpreting()
+# Those of the scan, beside which the normalisation's are small.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.mark.skipif(TRITON, reason="the tests of this file run directly")
+def test_through_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    folder = Path(mmvmamba_kernels.__file__).parent.parent
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout, result.stdout
+
+
+def arguments(dtype=torch.float32, shape=(2, 3, 5, 6, 2, 1), **options):
+    tensors = selective_scan_2d_arguments(*shape, dtype=dtype, device=DEVICE, **options)
+    generator = torch.Generator().manual_seed(3)
+    for name in ("norm_weight", "norm_bias"):
+        values = torch.randn(shape[3], generator=generator, dtype=torch.float64)
+        parameters = torch.promote_types(dtype, torch.float32)
+        tensors[name] = values.to(DEVICE, parameters).requires_grad_()
+    return tensors
+
+
+def oracle(norm_weight, norm_bias, pattern="cross2d", **scan):
+    y = selective_scan_2d_oracle(**scan, pattern=pattern)
+    return add_layer_norm_oracle(y, torch.zeros_like(y), norm_weight, norm_bias)[1]
+
+
+def one_after_the_other(norm_weight, norm_bias, **scan):
+    return layer_norm(selective_scan_2d(**scan), norm_weight, norm_bias)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_output_and_gradients(dtype):
+    tensors = arguments(dtype)
+    actual = output_and_gradients(selective_scan_2d_norm, tensors)
+    assert all(t.dtype == (tensors.get(k, tensors["x"])).dtype for k, t in actual.items())
+    found = errors(actual, output_and_gradients(oracle, tensors))
+    assert max(found.values()) < TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize("pattern", ["unidi", "bidi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bit_for_bit_as_one_after_the_other(pattern, dtype):
+    tensors = arguments(dtype, (1, 4, 3, 8, 1, 2))
+
+    def run(function):
+        return output_and_gradients(lambda **t: function(**t, pattern=pattern), tensors)
+
+    fused, separate = run(selective_scan_2d_norm), run(one_after_the_other)
+    assert all(torch.equal(fused[name], separate[name]) for name in fused)
+
+
+def test_what_is_saved_only_where_gradients_are_needed():
+    tensors = {k: t.detach() for k, t in arguments(torch.bfloat16).items()}
+    with torch.inference_mode():
+        wide = selective_scan_2d_norm(**tensors, out_dtype=torch.float32)
+        expected = layer_norm(
+            selective_scan_2d(**{k: t for k, t in tensors.items() if "norm" not in k}),
+            tensors["norm_weight"],
+            tensors["norm_bias"],
+            out_dtype=torch.float32,
+        )
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, expected)
+
+
+def test_flops_are_those_of_the_scan():
+    with FlopCounterMode(display=False) as counter:
+        selective_scan_2d_norm(**arguments())
+    assert counter.get_total_flops() == 4 * 2 * 3 * 5 * 6 * (9 + 1)
+
+
+def test_compiled_it_is_the_scan_and_plain_operations():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    tensors = arguments()
+    compiled = torch.compile(selective_scan_2d_norm, fullgraph=True, backend=backend)
+    actual = output_and_gradients(compiled, tensors)
+    found = errors(actual, output_and_gradients(oracle, tensors))
+    assert max(found.values()) < TOLERANCE[torch.float32], found
+    (code,) = graphs
+    assert "mmvmamba.selective_scan_2d.default" in code
+    assert "selective_scan_2d_norm" not in code
+
+
+@pytest.mark.skipif(not TRITON, reason="the operator is for Triton alone")
+def test_the_operator_keeps_its_promises_to_pytorch():
+    overload = torch.ops.mmvmamba.selective_scan_2d_norm.default
+    tensors = arguments()
+    torch.library.opcheck(overload, (*tensors.values(), 1e-5, torch.float32, "cross2d", True))
+    plain = tuple(t.detach() for t in tensors.values())
+    torch.library.opcheck(overload, (*plain, 1e-5, torch.bfloat16, "bidi", False))
+    out = selective_scan_2d_norm(**tensors)
+    (grad,) = torch.autograd.grad(out.sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"norm_weight": torch.ones(5)}, ValueError, "weight"),
+        ({"out_dtype": torch.int32}, TypeError, "out_dtype must be a floating-point"),
+        ({"pattern": "spiral"}, ValueError, "pattern must be one of cross2d"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    change = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(error, match=message):
+        selective_scan_2d_norm(**(arguments() | change))

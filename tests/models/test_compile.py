@@ -1,0 +1,102 @@
+"""The whole backbone as one compiled graph, at sizes that change."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mmvmamba.compat import mend_inductor_strides
+from mmvmamba.models import VMamba
+
+SIZES = [(2, 3, 64, 96), (2, 3, 96, 64), (3, 3, 61, 77), (2, 3, 80, 80)]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model, backend, **options):
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, backend=counter, fullgraph=True, **options), counter
+
+
+def compare(model, function, image, tolerance):
+    """Outputs and gradients of every parameter, compiled and eager."""
+    results = []
+    for call in (function, model):
+        model.zero_grad()
+        outs = call(image)
+        # Weights of their own: the squares of normalised maps have next to no gradient.
+        generator = torch.Generator().manual_seed(1)
+        grads = [torch.randn(o.shape, generator=generator) for o in outs]
+        torch.autograd.backward(outs, grads)
+        results.append([*outs, *(p.grad.clone() for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+ARCHS = {
+    "default": {},
+    "vanilla": {"gated": True, "stem": "v1", "downsample": "v1", "d_state": 2},
+    "bidi": {"scan": "bidi", "norm": "bn"},
+    "cascade2d": {"scan": "cascade2d", "act": "relu"},
+    "mamba2": {"dims": 32, "mixer": "mamba2", "d_state": 4, "act": "gelu"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "with_cp"), [*((name, False) for name in ARCHS), ("default", True)], ids=str
+)
+def test_one_graph_without_breaks(name, with_cp):
+    torch.manual_seed(0)
+    arch = {"dims": 8, "depths": [1, 1]} | ARCHS[name]
+    model = VMamba(arch, drop_path_rate=0.0, with_cp=with_cp).train()
+    function, counter = compiled(model, "aot_eager")
+    # The same operations in another order of sums.
+    compare(model, function, torch.randn(2, 3, 32, 48), 1e-4)
+    assert counter.frame_count == 1
+
+
+def test_sizes_do_not_compile_again():
+    model = VMamba({"dims": 8, "depths": [1, 1]}).eval()
+    function, counter = compiled(model, "eager", dynamic=True)
+    for size in SIZES:
+        image = torch.randn(size)
+        with torch.no_grad():
+            for found, expected in zip(function(image), model(image), strict=True):
+                torch.testing.assert_close(found, expected)
+    assert counter.frame_count == 1
+
+
+def test_inductor_trains_at_changing_sizes():
+    """PyTorch's own compiler, both passes: what stops without `mend_inductor_strides`."""
+    mend_inductor_strides()
+    torch.manual_seed(0)
+    # Small: generated code is compiled by the C++ compiler, minutes for a real model.
+    model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0).train()
+    function, counter = compiled(model, "inductor", dynamic=True)
+    for size in SIZES[:2]:
+        compare(model, function, torch.randn(size), 1e-4)
+    assert counter.frame_count == 1
+
+
+def test_a_cuda_graph_replays_the_backbone():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: CUDA graphs need one")
+    model = VMamba({"dims": 16, "depths": [1, 1]}).cuda().eval()
+    image = torch.randn(1, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        expected = model(image)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(image)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = model(image)
+        graph.replay()
+    for found, wanted in zip(outs, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
