@@ -1,4 +1,4 @@
-"""Check every backend of the selective scans, then time it.
+"""Check every backend of an operator, then time it.
 
 A backend is timed at a shape only after its output and all gradients were right: against the
 float64 oracle at a small shape of the same channels, dt rank and states, and, unless the shape is
@@ -32,6 +32,8 @@ from torch import Tensor
 import mmvmamba_kernels
 from mmvmamba_kernels import BackendError, available_backends
 from mmvmamba_kernels.testing import (
+    depthwise_conv_arguments,
+    depthwise_conv_oracle,
     errors,
     output_and_gradients,
     selective_scan_2d_arguments,
@@ -42,8 +44,16 @@ from mmvmamba_kernels.testing import (
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-ORACLES = {"selective_scan_2d": selective_scan_2d_oracle, "selective_scan": selective_scan_oracle}
-OPTIONS = {"selective_scan_2d": {}, "selective_scan": {"delta_softplus": True}}
+ORACLES = {
+    "selective_scan_2d": selective_scan_2d_oracle,
+    "selective_scan": selective_scan_oracle,
+    "depthwise_conv": depthwise_conv_oracle,
+}
+OPTIONS = {
+    "selective_scan_2d": {},
+    "selective_scan": {"delta_softplus": True},
+    "depthwise_conv": {"act": "silu"},
+}
 
 # Scanned elements beyond which the reference backend takes too long to check a shape on a CPU.
 REFERENCE_LIMIT = 1 << 24
@@ -52,7 +62,7 @@ REPEATS = 50
 
 @dataclass(frozen=True)
 class Shape:
-    """A problem of either operator; the 1D one scans the positions as one sequence of K groups."""
+    """A problem of any operator; the 1D one scans the positions as one sequence of K groups."""
 
     batch: int
     height: int
@@ -80,11 +90,25 @@ class Shape:
             return selective_scan_arguments(
                 batch, 4, self.channels, self.states, height * width, dtype=dtype, device=device
             )
-        arguments = selective_scan_2d_arguments(
-            batch, height, width, self.channels, self.rank, self.states, dtype=dtype, device=device
-        )
+        if op == "depthwise_conv":
+            arguments = depthwise_conv_arguments(
+                batch, height, width, self.channels, dtype=dtype, device=device
+            )
+            parameters = ("weight", "bias")
+        else:
+            arguments = selective_scan_2d_arguments(
+                batch,
+                height,
+                width,
+                self.channels,
+                self.rank,
+                self.states,
+                dtype=dtype,
+                device=device,
+            )
+            parameters = ("dt_weight", "dt_bias", "A", "D")
         # Parameters are float32 in training, also where maps are not.
-        for name in ("dt_weight", "dt_bias", "A", "D"):
+        for name in parameters:
             arguments[name] = arguments[name].detach().float().requires_grad_()
         return arguments
 
@@ -262,7 +286,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--seconds", type=float, default=2, help="time spent on a measurement")
     parser.add_argument("--csv", type=Path, default=Path("work_dirs/kernel_benchmarks.csv"))
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.suite == "states" and options.op == "depthwise_conv":
+        parser.error("depthwise_conv has no states; its suites are models and lengths")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

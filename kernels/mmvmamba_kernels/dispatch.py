@@ -123,6 +123,23 @@ def pin(op: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
     return choice.name if deliberate else f"{AUTO}:{choice.name}"
 
 
+def plain_or_pinned(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """For operators whose reference is PyTorch's own operations, as good as any kernel there.
+
+    Returns:
+        None if those are to be called without an operator around them: where the reference is what
+        would run, and in compiled graphs, whose compiler joins them with what stands around. Else
+        what :func:`pin` gives. A backend that the environment names stays, compiled or not.
+
+    Raises:
+        BackendError: As :func:`resolve`.
+    """
+    name = pin(op, device, dtype, states=1)
+    chosen = name.rpartition(":")[2]
+    plain = chosen == "reference" or (chosen != name and torch.compiler.is_compiling())
+    return None if plain else name
+
+
 def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> ModuleType:
     """The module that runs this call.
 

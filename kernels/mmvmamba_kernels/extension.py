@@ -1,4 +1,4 @@
-"""Finding and loading the compiled library. :mod:`mmvmamba_kernels.build` makes it."""
+"""Finding and loading the compiled libraries. :mod:`mmvmamba_kernels.build` makes them."""
 
 from __future__ import annotations
 
@@ -16,62 +16,121 @@ BUILD_COMMAND = "python -m mmvmamba_kernels.build"
 MAX_STATES = 64
 SOURCES = Path(__file__).parent / "csrc"
 
+DEVICES = ("cpu", "cuda")
+"""Kinds of device that have a library of their own."""
 
-def library_name() -> str:
+
+def library_name(device: str = "cpu", architectures: tuple[int, ...] = ()) -> str:
     """File name of the library for these sources, this PyTorch and this kind of machine.
 
     A library built for anything else has another name, so that it is never loaded.
+
+    Args:
+        device: Which library, of those of :data:`DEVICES`.
+        architectures: The GPUs that it is compiled for, ten times their compute capability.
     """
-    digest = hashlib.sha256(
-        f"{torch.__version__} {platform.system()} {platform.machine()}".encode()
-    )
+    parts = [torch.__version__, platform.system(), platform.machine()]
+    if device == "cuda":
+        parts.append(str(torch.version.cuda))
+    digest = hashlib.sha256(" ".join(parts).encode())
+    others = [SOURCES / other for other in DEVICES if other != device]
     for path in sorted(SOURCES.rglob("*")):
-        if path.is_file():
+        if path.is_file() and not any(path.is_relative_to(other) for other in others):
             digest.update(path.name.encode() + path.read_bytes())
-    return f"libmmvmamba_kernels-{digest.hexdigest()[:16]}.so"
+    kind = "" if device == "cpu" else f"_{device}"
+    suffix = "".join(f"-sm{a}" for a in architectures)
+    return f"libmmvmamba_kernels{kind}-{digest.hexdigest()[:16]}{suffix}.so"
+
+
+def compiled_architectures(library: Path) -> tuple[int, ...]:
+    """The GPUs that a library has machine code for, as its name says."""
+    return tuple(int(part[2:]) for part in library.stem.split("-")[2:])
 
 
 def search_path() -> tuple[Path, Path]:
-    """Folders that may hold the library: inside the package, then the user's cache."""
+    """Folders that may hold a library: inside the package, then the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(__file__).parent / "lib", Path(cache) / "mmvmamba_kernels"
 
 
-def find_library() -> Path | None:
+def find_library(device: str = "cpu") -> Path | None:
     """The library that :func:`load` would load, if it was built."""
-    candidates = (folder / library_name() for folder in search_path())
-    return next((path for path in candidates if path.is_file()), None)
+    stem = Path(library_name(device)).stem
+    for folder in search_path():
+        found = sorted((*folder.glob(f"{stem}.so"), *folder.glob(f"{stem}-*.so")))
+        if found:
+            return found[0]
+    return None
+
+
+def build_command(device: str = "cpu") -> str:
+    """What a user runs to build a library."""
+    return BUILD_COMMAND if device == "cpu" else f"{BUILD_COMMAND} --{device}"
 
 
 @functools.cache
-def load() -> str | None:
-    """Load the library, once.
+def load(device: str = "cpu") -> str | None:
+    """Load a library, once.
 
     Returns:
         None if its operators can be called, else the reason why not.
     """
-    path = find_library()
+    path = find_library(device)
+    command = build_command(device)
+    name = "compiled library" if device == "cpu" else f"compiled {device.upper()} library"
     if path is None:
-        others = any(any(folder.glob("*.so")) for folder in search_path() if folder.is_dir())
+        prefix = library_name(device).split("-")[0]
+        others = any(any(folder.glob(f"{prefix}-*.so")) for folder in search_path())
         state = (
             f"was built from other sources or for another PyTorch than {torch.__version__}"
             if others
             else "is not built"
         )
-        return f"the compiled library {state}; run: {BUILD_COMMAND}"
+        return f"the {name} {state}; run: {command}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"the compiled library does not load ({error}); run: {BUILD_COMMAND}"
+        return f"the {name} does not load ({error}); run: {command}"
     return None
+
+
+def architectures_fit(architectures: tuple[int, ...], capability: tuple[int, int]) -> bool:
+    """Whether a library for these architectures runs on a GPU of this compute capability.
+
+    Machine code runs on later GPUs of one generation; the driver translates what there is of the
+    latest architecture for those that are later still.
+    """
+    gpu = 10 * capability[0] + capability[1]
+    same = any(a // 10 == capability[0] and a <= gpu for a in architectures)
+    return same or gpu >= max(architectures)
+
+
+@functools.cache
+def _no_kernels_for(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    library = find_library("cuda")
+    architectures = compiled_architectures(library) if library else ()
+    if not architectures or architectures_fit(architectures, capability):
+        return None
+    compiled = ", ".join(f"{a // 10}.{a % 10}" for a in architectures)
+    return (
+        f"the compiled CUDA library is for GPUs of compute capability {compiled}, this one has "
+        f"{capability[0]}.{capability[1]}; run: {build_command('cuda')}"
+    )
 
 
 def can_run(problem: Problem) -> str | None:
     """None if the C++ kernels can run the problem, else the reason why not."""
-    if problem.device.type != "cpu":
-        return f"the C++ kernels run on the CPU, this tensor is on {problem.device.type!r}"
+    device = problem.device.type
+    if device not in DEVICES:
+        return f"the C++ kernels run on the CPU and on NVIDIA GPUs, this tensor is on {device!r}"
     if problem.states > MAX_STATES:
         return (
             f"the C++ kernels hold at most {MAX_STATES} states per channel, A has {problem.states}"
         )
-    return load()
+    if device == "cuda" and torch.version.cuda is None:
+        return "the CUDA kernels need a PyTorch that is built for CUDA"
+    reason = load(device)
+    if reason is None and device == "cuda":
+        reason = _no_kernels_for(problem.device)
+    return reason

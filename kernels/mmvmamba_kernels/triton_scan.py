@@ -145,18 +145,6 @@ def waves(directions: int, buffers: int) -> list[tuple[int, int]]:
     return [(k, min(buffers, directions - k)) for k in range(0, directions, buffers)]
 
 
-def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, int]:
-    """Dtype and number of the maps that directions write before they are summed.
-
-    Every direction has its own in bfloat16. A partial sum may leave float16's range where the whole
-    does not, so that float16 takes float32 maps, and then two for all directions, which is no more
-    memory than a float16 map for each.
-    """
-    if dtype == torch.bfloat16:
-        return dtype, directions
-    return torch.float64 if dtype == torch.float64 else torch.float32, min(directions, 2)
-
-
 def chunk_length(programs: int, length: int, processors: int, warps: _Warps, multiple: int) -> int:
     """Length of the chunks into which paths are cut, or of a whole path.
 
@@ -486,22 +474,3 @@ def sum_buffers(parts: Tensor, dtype: torch.dtype) -> Tensor:
             num_warps=4,
         )
     return out
-
-
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A batched product whose sums are not rounded to the factors' dtype.
-
-    Args:
-        a: (K, I, J).
-        b: (K, J, O).
-        dtype: Dtype of sums and result.
-
-    Returns:
-        (K, I, O).
-    """
-    if a.dtype == b.dtype == dtype:
-        return torch.bmm(a, b)
-    unrounded = a.is_cuda and torch.version.hip is None and dtype == torch.float32
-    if unrounded and a.dtype == b.dtype and "dtype" in torch.ops.aten.bmm.overloads():
-        return torch.bmm(a, b, out_dtype=dtype)
-    return torch.bmm(a.to(dtype), b.to(dtype))

@@ -1,16 +1,19 @@
 """Official state dicts and ours: reading, translating and strict loading.
 
 The backbone's parameter names are the official repository's, so a translation only adds or strips
-prefixes. Every load reports what became of each key and refuses what it cannot place.
+prefixes, and gives files from before its release (all of vanilla VMamba's) the names of today.
+Every load reports what became of each key and refuses what it cannot place.
 """
 
 import pickle
+import re
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlparse
 
 import torch
@@ -21,6 +24,16 @@ from torch import Tensor, nn
 # Where the weights stand in the files we know, in the order of preference: mmengine's own, then
 # the official classification files, whose moving average is what the published accuracy belongs to.
 STATE_DICT_ENTRIES = ("state_dict", "model_ema", "model")
+
+# The backbone's names in the first code, which the published vanilla files were trained with. The
+# classifier's `norm` and `head` stood at the top.
+OLD_NAMES = {
+    r"(?P<part>patch_embed)\.proj": r"\g<part>.0",
+    r"(?P<part>patch_embed)\.norm": r"\g<part>.2",
+    r"(?P<part>layers\.\d+\.blocks\.\d+)\.ln_1": r"\g<part>.norm",
+    r"(?P<part>layers\.\d+\.blocks\.\d+)\.self_attention": r"\g<part>.op",
+}
+OLD_MARK = re.compile(r"(^|\.)layers\.\d+\.blocks\.\d+\.self_attention\.")
 
 
 class CheckpointError(RuntimeError):
@@ -56,6 +69,51 @@ class LoadReport:
         return "; ".join(lines)
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A state dict under other names.
+
+    Attributes:
+        source: The file or URL.
+        entry: The entry of the file that held the weights, '' when the file is the state dict.
+        names: From every key of the file to the key written, None where it is left out.
+        state: The state dict that is written.
+    """
+
+    source: str
+    entry: str
+    names: dict[str, str | None]
+    state: dict[str, Tensor]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The keys of the file that are not written."""
+        return tuple(key for key, name in self.names.items() if name is None)
+
+
+def current_names(keys: Iterable[str]) -> dict[str, str]:
+    """Tells the names of today for the keys of any official file, or of ours.
+
+    'module.', which data-parallel wrappers add, goes. Files from before the official release, such
+    as vanilla VMamba's, are known by their `self_attention` and get the names of `OLD_NAMES`.
+
+    Returns:
+        From each key to its name of today, mostly itself.
+    """
+    names = {key: key.removeprefix("module.") for key in keys}
+    if any(OLD_MARK.search(key) for key in names):
+        names = {key: _renamed(name) for key, name in names.items()}
+    return names
+
+
+def _renamed(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        found = re.match(rf"(?P<prefix>(backbone\.)?){old}\.", name)
+        if found:
+            return found["prefix"] + found.expand(new) + name[found.end() - 1 :]
+    return re.sub(r"^(norm|head)\.", r"classifier.\1.", name)
+
+
 def _shorten(keys, most: int = 8) -> str:
     keys = sorted(keys)
     more = f", ... ({len(keys) - most} more)" if len(keys) > most else ""
@@ -75,8 +133,11 @@ def read_checkpoint(source: str | Path) -> dict:
         CheckpointError: If the file is missing, truncated, damaged, not a checkpoint, or holds
             objects other than tensors, plain containers and mmengine's own records.
     """
-    path = _download(str(source)) if "://" in str(source) else Path(source).expanduser()
-    _check_file(path)
+    fetched = "://" in str(source)
+    path = _download(str(source)) if fetched else Path(source).expanduser()
+    # A file that was fetched once is not fetched again while it is there.
+    remedy = f"Delete it and fetch {source} again." if fetched else "Fetch or write it again."
+    _check_file(path, remedy)
     # The official files carry their training configuration as a yacs CfgNode, a kind of dict: it
     # is read as a plain dict and never as a class of another package.
     with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
@@ -95,7 +156,7 @@ def read_checkpoint(source: str | Path) -> dict:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{path} cannot be read as a checkpoint, it is damaged or incomplete: {reason} "
-                "Fetch or write it again."
+                + remedy
             ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
@@ -144,7 +205,7 @@ def split_pretrained(init_cfg: dict | list[dict] | None) -> tuple[list[dict], li
     return [c for c in listed if is_pretrained(c)], [c for c in listed if not is_pretrained(c)]
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, remedy: str) -> None:
     """Refuses what torch would read without noticing the fault, or with a message of no help."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -152,8 +213,20 @@ def _check_file(path: Path) -> None:
             f"checkpoint {path} {what} (working directory: {Path.cwd()}). "
             "Give the path of a .pth file; training does not start without it."
         )
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"checkpoint {path} is empty. Fetch or write it again.")
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if not begin:
+        raise CheckpointError(f"checkpoint {path} is empty. {remedy}")
+    if begin.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"checkpoint {path} is what Git LFS left in place of the file. Fetch the file itself: "
+            "git lfs pull"
+        )
+    if begin.lstrip().startswith(b"<"):
+        raise CheckpointError(
+            f"checkpoint {path} is a web page, not a checkpoint: what was fetched is a page about "
+            f"the file, or an error message. {remedy}"
+        )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             try:
@@ -162,38 +235,55 @@ def _check_file(path: Path) -> None:
                 damaged = str(error)
         if damaged:
             raise CheckpointError(
-                f"checkpoint {path} is damaged (checksum of {damaged!r} does not match). "
-                "Fetch or write it again."
+                f"checkpoint {path} is damaged (checksum of {damaged!r} does not match). {remedy}"
             )
+    elif begin.startswith(b"PK"):
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete: it ends after {path.stat().st_size} bytes, before "
+            f"its list of contents. The transfer or the saving was interrupted. {remedy}"
+        )
 
 
-def find_state_dict(checkpoint: Mapping, source: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Finds the weights in what `read_checkpoint` returned.
+def find_weights(
+    checkpoint: Mapping, source: str | Path, entry: str | None = None
+) -> tuple[str, Mapping[str, Tensor]]:
+    """Finds the weights in what `read_checkpoint` returned, under the file's own keys.
 
     Args:
         checkpoint: The file's content.
         source: The file's name, for messages.
+        entry: Where to look; None for the first of `STATE_DICT_ENTRIES` that is there.
 
     Returns:
-        The entry's name ('' if the checkpoint is a state dict itself) and the state dict, without
-        the 'module.' that data-parallel wrappers add.
+        The entry's name ('' if the checkpoint is a state dict itself) and the state dict.
 
     Raises:
         CheckpointError: If there is none.
     """
-    for entry in (*STATE_DICT_ENTRIES, ""):
-        state = checkpoint.get(entry) if entry else checkpoint
+    for name in (*STATE_DICT_ENTRIES, "") if entry is None else (entry,):
+        state = checkpoint.get(name) if name else checkpoint
         if isinstance(state, Mapping) and state and all(torch.is_tensor(v) for v in state.values()):
-            return entry, {key.removeprefix("module."): value for key, value in state.items()}
+            return name, state
+    expected = f"one under {entry}"
+    if entry is None:
+        expected = f"one under {', '.join(STATE_DICT_ENTRIES)}, or a file that is one"
     raise CheckpointError(
-        f"{source} has no state dict: expected one under {', '.join(STATE_DICT_ENTRIES)}, or a "
-        f"file that is one. It has: {_shorten(map(str, checkpoint))}."
+        f"{source} has no state dict: expected {expected}. "
+        f"It has: {_shorten(map(str, checkpoint))}."
     )
 
 
-def is_official_classifier(state: Mapping[str, Tensor]) -> bool:
-    """Tells whether a state dict has the official classification model's layout."""
-    return "patch_embed.0.weight" in state and any(k.startswith("classifier.") for k in state)
+def find_state_dict(checkpoint: Mapping, source: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """As `find_weights`, under today's names (see `current_names`)."""
+    entry, state = find_weights(checkpoint, source)
+    names = current_names(state)
+    return entry, {names[key]: value for key, value in state.items()}
+
+
+def is_official_classifier(state: Iterable[str]) -> bool:
+    """Tells whether a state dict's keys are those of the official classification model."""
+    keys = set(state)
+    return "patch_embed.0.weight" in keys and any(k.startswith("classifier.") for k in keys)
 
 
 def classifier_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,13 +292,16 @@ def classifier_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     `classifier.*` becomes `head.*` (`VMambaClsHead`), all else `backbone.*`. The official
     backbone's `outnorm{i}`, which a classifier does not have, are left out.
     """
-    return {
-        "head." + key.removeprefix("classifier.")
-        if key.startswith("classifier.")
-        else "backbone." + key: value
-        for key, value in state.items()
-        if not key.startswith("outnorm")
-    }
+    names = {key: name_from_official_classifier(key) for key in state}
+    return {name: state[key] for key, name in names.items() if name}
+
+
+def name_from_official_classifier(key: str) -> str | None:
+    """Our name of one of the official classification model's parameters; None for `outnorm{i}`."""
+    if key.startswith("outnorm"):
+        return None
+    part, _, name = key.partition(".")
+    return f"head.{name}" if part == "classifier" else f"backbone.{key}"
 
 
 def classifier_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,15 +310,57 @@ def classifier_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If a key belongs to neither the backbone nor the head.
     """
-    official = {}
-    for key, value in state.items():
-        part, _, name = key.partition(".")
-        if part not in ("backbone", "head"):
-            raise CheckpointError(
-                f"key {key!r} is neither the backbone's nor the head's: not a classifier of ours."
-            )
-        official[f"classifier.{name}" if part == "head" else name] = value
-    return official
+    return {name_to_official_classifier(key): value for key, value in state.items()}
+
+
+def name_to_official_classifier(key: str) -> str:
+    """The official name of one of the parameters of our `ImageClassifier` configs.
+
+    Raises:
+        CheckpointError: If the key belongs to neither the backbone nor the head.
+    """
+    part, _, name = key.partition(".")
+    if part not in ("backbone", "head"):
+        raise CheckpointError(
+            f"key {key!r} is neither the backbone's nor the head's: not a classifier of ours."
+        )
+    return f"classifier.{name}" if part == "head" else name
+
+
+def convert(
+    checkpoint: Mapping,
+    source: str | Path,
+    to: Literal["ours", "official"],
+    classifier: bool,
+    entry: str | None = None,
+) -> Conversion:
+    """Renames a file's weights to our configs' keys or to the official repository's.
+
+    Detectors and segmentors have the same keys in both. Nothing is loaded or compared with a model.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        source: The file's name, for messages.
+        to: Whose keys are wanted.
+        classifier: Whether the model is an image classifier.
+        entry: Which entry of the file to take; None for the first of `STATE_DICT_ENTRIES`.
+
+    Raises:
+        CheckpointError: If the file has no weights, keys that have no place in the official
+            classifier, or two keys that would become one.
+    """
+    entry, state = find_weights(checkpoint, source, entry)
+    names: dict[str, str | None] = dict(current_names(state))
+    if classifier and to == "official":
+        names = {key: name_to_official_classifier(name) for key, name in names.items()}
+    elif classifier and is_official_classifier(names.values()):
+        names = {key: name_from_official_classifier(name) for key, name in names.items()}
+    written = [name for name in names.values() if name is not None]
+    twice = [name for name, count in Counter(written).items() if count > 1]
+    if twice:
+        raise CheckpointError(f"{source} has more than one value for {_shorten(twice)}.")
+    converted = {name: state[key] for key, name in names.items() if name is not None}
+    return Conversion(str(source), entry, names, converted)
 
 
 def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = None) -> LoadReport:

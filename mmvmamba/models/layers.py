@@ -94,7 +94,8 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
     def out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the result for such an input, here and now."""
         device = x.device.type
-        if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        # There is no autocast of meta tensors to ask for.
+        if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
             return x.dtype
         return torch.float32 if self.stream else torch.get_autocast_dtype(device)
 

@@ -1,5 +1,6 @@
 """Building, finding and loading the compiled library."""
 
+import functools
 import logging
 import os
 import subprocess
@@ -101,3 +102,139 @@ def test_importing_neither_builds_nor_loads():
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
+
+
+def fake_nvcc(folder, release="13.0", known="compute_80 compute_90"):
+    """A CUDA_HOME whose compiler only answers questions."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}"\n'
+        f'[ "$1" = --list-gpu-arch ] && echo "{known}"\n'
+        "exit 0\n"
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_a_missing_nvcc_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match="no bin/nvcc in CUDA_HOME=.*CUDA toolkit 13"):
+        build.build_cuda()
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    with pytest.raises(build.BuildError, match="found no nvcc. Install the CUDA toolkit 13"):
+        build.find_nvcc()
+
+
+def test_an_nvcc_of_another_major_version_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path, release="12.8")))
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert build.find_nvcc() == str(tmp_path / "bin" / "nvcc")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(build.BuildError, match=r"is of CUDA 12\.8, .* built with CUDA 13\.0"):
+        build.find_nvcc()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(build.BuildError, match="need a PyTorch that is built for CUDA"):
+        build.find_nvcc()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8.0;9.0", (80, 90)), ("12.0, 8.0 8.0", (80, 120)), (" 9.0a+PTX ", (90,))],
+)
+def test_lists_of_architectures(text, expected):
+    assert build.parse_architectures(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", ";", "80", "Hopper", "8.0;x"])
+def test_what_is_no_list_of_architectures(text):
+    with pytest.raises(build.BuildError, match="is no list of GPU architectures"):
+        build.parse_architectures(text)
+
+
+def test_the_choice_of_architectures(monkeypatch, tmp_path):
+    nvcc = str(fake_nvcc(tmp_path, known="compute_80 compute_90 compute_100") / "bin" / "nvcc")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.choose_architectures(nvcc) == (80, 90, 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert build.choose_architectures(nvcc) == (90,)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 10.0+PTX")
+    assert build.choose_architectures(nvcc) == (80, 100)
+    assert build.choose_architectures(nvcc, "9.0") == (90,)
+    with pytest.raises(build.BuildError, match=r"capability 7\.0, 12\.0.*knows 8\.0, 9\.0, 10\.0"):
+        build.choose_architectures(nvcc, "7.0;9.0;12.0")
+
+
+def test_which_gpus_a_library_is_for():
+    library = extension.SOURCES / extension.library_name("cuda", (80, 90))
+    assert extension.compiled_architectures(library) == (80, 90)
+    fits = extension.architectures_fit
+    assert fits((80, 90), (8, 0))
+    assert fits((80, 90), (8, 9))
+    assert fits((80, 90), (12, 0))
+    assert not fits((80, 90), (7, 5))
+    assert not fits((86, 90), (8, 0))
+    # Neither code of its generation nor anything that a driver could translate.
+    assert not fits((80, 120), (9, 0))
+
+
+def test_a_gpu_that_the_library_is_not_for_is_refused(nothing_built, monkeypatch):
+    nothing_built[1].mkdir()
+    (nothing_built[1] / extension.library_name("cuda", (80, 90))).touch()
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    monkeypatch.setattr(extension, "find_library", lambda _: next(nothing_built[1].iterdir()))
+    monkeypatch.setattr(extension, "load", functools.cache(lambda _: None))
+    capability = {0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[d.index])
+    extension._no_kernels_for.cache_clear()
+    reasons = [
+        extension.can_run(dispatch.Problem(torch.device("cuda", i), torch.float32, 1, 1))
+        for i in capability
+    ]
+    extension._no_kernels_for.cache_clear()
+    assert reasons[1] is None
+    assert "8.0, 9.0, this one has 7.5; run: python -m mmvmamba_kernels.build --cuda" in reasons[0]
+
+
+def test_libraries_of_devices_do_not_depend_on_one_another(nothing_built):
+    assert extension.library_name() != extension.library_name("cuda")
+    nothing_built[0].mkdir()
+    (nothing_built[0] / extension.library_name("cuda", (90,))).touch()
+    assert extension.find_library() is None
+    assert extension.find_library("cuda").name.endswith("-sm90.so")
+    assert "is not built" in extension.load()
+
+
+def test_the_cuda_library_builds_and_loads_without_a_gpu(nothing_built, monkeypatch):
+    try:
+        nvcc = build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    latest = max(build.known_architectures(nvcc))
+    stale = nothing_built[0] / extension.library_name("cuda", (50,))
+    stale.parent.mkdir()
+    stale.touch()
+    library = build.build_cuda(f"{latest // 10}.{latest % 10}")
+    assert extension.find_library("cuda") == library
+    assert not stale.exists()
+    assert build.build_cuda(f"{latest // 10}.{latest % 10}") == library
+    code = (
+        f"import torch\ntorch.ops.load_library({str(library)!r})\n"
+        "torch.ops.mmvmamba_cuda.scan_forward, torch.ops.mmvmamba_cuda.scan_backward\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_architectures_need_the_option_that_they_belong_to(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build", "--arch", "9.0"])
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "--arch needs --cuda" in capsys.readouterr().err

@@ -1,14 +1,8 @@
 """Layer normalisation and the residual sum before it, every backend that the machine has."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import mmvmamba_kernels
 from mmvmamba_kernels import BackendError, add_layer_norm, layer_norm
 from mmvmamba_kernels.testing import add_layer_norm_oracle, errors
 from mmvmamba_kernels.triton_support import interpreting
@@ -33,18 +27,8 @@ BACKENDS = [None, "reference", pytest.param("triton", marks=needs_triton)]
 
 
 @pytest.mark.skipif(GPU or interpreting(), reason="the tests of this file run directly")
-def test_through_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    folder = Path(mmvmamba_kernels.__file__).parent.parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+def test_through_the_interpreter(interpreted_file):
+    result = interpreted_file
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
     assert " passed" in result.stdout, result.stdout
 

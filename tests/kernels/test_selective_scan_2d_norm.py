@@ -1,15 +1,9 @@
 """The 2D scan with its normalisation: the same as one after the other, wherever it runs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmvmamba_kernels
 from mmvmamba_kernels import layer_norm, selective_scan_2d, selective_scan_2d_norm
 from mmvmamba_kernels.testing import (
     add_layer_norm_oracle,
@@ -28,18 +22,8 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, tor
 
 
 @pytest.mark.skipif(TRITON, reason="the tests of this file run directly")
-def test_through_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    folder = Path(mmvmamba_kernels.__file__).parent.parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+def test_through_the_interpreter(interpreted_file):
+    result = interpreted_file
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
     assert " passed" in result.stdout, result.stdout
 

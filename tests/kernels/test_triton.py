@@ -6,14 +6,10 @@ which torch does at will: without a GPU one test runs this file in a process of 
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import mmvmamba_kernels
 from mmvmamba_kernels import BackendError, selective_scan, selective_scan_2d
 from mmvmamba_kernels.testing import (
     errors,
@@ -46,18 +42,8 @@ on_gpu = pytest.mark.skipif(not GPU, reason="no GPU: shapes too large for Triton
 
 
 @pytest.mark.skipif(GPU or interpreting(), reason="the tests of this file run directly")
-def test_through_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    folder = Path(mmvmamba_kernels.__file__).parent.parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
+def test_through_the_interpreter(interpreted_file):
+    result = interpreted_file
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
     assert " passed" in result.stdout, result.stdout
 

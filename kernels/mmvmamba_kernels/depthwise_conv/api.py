@@ -7,13 +7,12 @@ with what follows, they are called directly.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmvmamba_kernels import triton_support
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
 from mmvmamba_kernels.depthwise_conv import reference
-from mmvmamba_kernels.dispatch import Backend, check_name, pin, register_backend
+from mmvmamba_kernels.dispatch import Backend, check_name, plain_or_pinned, register_backend
 from mmvmamba_kernels.registration import Arguments, Operator
 
 _OP = "depthwise_conv"
@@ -70,10 +69,8 @@ def depthwise_conv(
     check_shape(_OP, "bias", bias, "(C,)", (channels,))
     name = check_name(_OP, backend)
     if backend is None:
-        name = pin(_OP, x.device, x.dtype, states=1)
-        chosen = name.rpartition(":")[2]
-        # One that the environment names stays, also in a compiled graph.
-        if chosen == "reference" or (chosen != name and torch.compiler.is_compiling()):
+        name = plain_or_pinned(_OP, x.device, x.dtype)
+        if name is None:
             return reference.convolve(x, weight, bias, act)
     return _operator({**arguments, "act": act}, name)
 

@@ -299,9 +299,6 @@ def depthwise_conv_bwd_kernel(
             if ACT != "none":
                 z = _add(_add(bias, above, taps, j, 0), here, taps, j, 1)
                 grad *= _derivative(_add(z, below, taps, j, 2), ACT, FAST)
-            if not FULL:
-                # Outside the map the derivative may not be finite.
-                grad = tl.where(mask, grad, 0.0)
             tl.store(
                 grad_z_ptr + offset + j * C,
                 (grad * SCALE).to(grad_z_ptr.dtype.element_ty),

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mmvmamba_kernels import triton_support
 from mmvmamba_kernels.arguments import FLOATING, check_rank, check_shape, check_tensors, state_dtype
-from mmvmamba_kernels.dispatch import Backend, Problem, check_name, register_backend, resolve
+from mmvmamba_kernels.dispatch import (
+    Backend,
+    Problem,
+    check_name,
+    plain_or_pinned,
+    register_backend,
+    resolve,
+)
 from mmvmamba_kernels.layer_norm import reference
 
 _OP = "layer_norm"
@@ -54,11 +61,10 @@ def layer_norm(
         BackendError: If the backend does not exist or cannot run this call.
     """
     out_dtype = _check(x, None, None, weight, bias, out_dtype)
-    if _plain(x, backend):
+    name = _backend_name(x, backend)
+    if name is None:
         return reference.normalise(x, weight, bias, eps, out_dtype)
-    return _forward_op(x, None, None, weight, bias, eps, out_dtype, None, check_name(_OP, backend))[
-        1
-    ]
+    return _forward_op(x, None, None, weight, bias, eps, out_dtype, None, name)[1]
 
 
 def add_layer_norm(
@@ -96,23 +102,21 @@ def add_layer_norm(
         BackendError: If the backend does not exist or cannot run this call.
     """
     out_dtype = _check(x, branch, scale, weight, bias, out_dtype)
-    if _plain(x, backend):
+    name = _backend_name(x, backend)
+    if name is None:
         total = reference.add_branch(x, branch, scale)
         return total, reference.normalise(total, weight, bias, eps, out_dtype)
     # A gradient that needs no conversion and no scale is that of x.
     branch_dtype = None if scale is None and branch.dtype == x.dtype else branch.dtype
-    total, out, _ = _forward_op(
-        x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, check_name(_OP, backend)
-    )
+    total, out, _ = _forward_op(x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, name)
     return total, out
 
 
-def _plain(x: Tensor, backend: str | None) -> bool:
-    """Whether PyTorch's own operations run the call, without an operator around them."""
-    if backend is not None:
-        return False
-    on_cpu = x.device.type == "cpu" and not triton_support.interpreting()
-    return on_cpu or torch.compiler.is_compiling()
+def _backend_name(x: Tensor, backend: str | None) -> str | None:
+    """The operator's backend; None for PyTorch's own operations without an operator."""
+    if backend is None:
+        return plain_or_pinned(_OP, x.device, x.dtype)
+    return check_name(_OP, backend)
 
 
 def _check(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.registration import autocast_off
 
 
 def add_branch(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -24,7 +25,7 @@ def normalise(
     """The normalisation alone, differentiable."""
     dtype = state_dtype(x, weight, bias)
     # Autocast would choose dtypes of its own.
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         y = F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
     return y.to(out_dtype)
 

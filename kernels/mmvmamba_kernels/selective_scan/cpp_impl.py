@@ -1,4 +1,4 @@
-"""The 1D selective scan in C++, on the CPU.
+"""The 1D selective scan in C++: on the CPU here, on an NVIDIA GPU in :mod:`.cuda_impl`.
 
 A sequence is a map of one row, scanned in one direction, in a channels-last copy; groups follow one
 another.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmvmamba_kernels import cpp_scan
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.selective_scan import cuda_impl
 from mmvmamba_kernels.selective_scan_2d.patterns import Path
 
 _PATHS = (Path(column_major=False, reverse=False),)
@@ -20,6 +21,8 @@ _PATHS = (Path(column_major=False, reverse=False),)
 
 def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
+    if u.is_cuda:
+        return cuda_impl.carries_shape(u, B)
     batch, groups, states, length = B.shape
     channels = u.shape[1] // groups
     return groups, *cpp_scan.carries_shape(batch, 1, length, channels, states, _PATHS)
@@ -87,9 +90,13 @@ def forward(
     """See :func:`mmvmamba_kernels.selective_scan`.
 
     Returns:
-        The output in ``out_dtype``, and the states that enter the tiles of every group in the
-        state's dtype (no elements unless ``save_carries``).
+        The output in ``out_dtype``, and states of every group in the state's dtype (no elements
+        unless ``save_carries``).
     """
+    if u.is_cuda:
+        return cuda_impl.forward(
+            u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, save_carries
+        )
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
     sequences, steps = (_channels_last(t, dtype) for t in (u, delta))
     carries = sequences.new_empty(carries_shape(u, B) if save_carries else (0,))
@@ -125,6 +132,10 @@ def backward(
         The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
         arguments.
     """
+    if u.is_cuda:
+        return cuda_impl.backward(
+            grad_out, carries, u, delta, A, B, C, D, delta_bias, delta_softplus
+        )
     dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
     sequences, steps, grad_out = (_channels_last(t, dtype) for t in (u, delta, grad_out))
     grad_u, grad_steps = torch.empty_like(sequences), torch.empty_like(steps)

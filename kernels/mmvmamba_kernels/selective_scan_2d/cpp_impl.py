@@ -1,4 +1,4 @@
-"""The 2D selective scan in C++, on the CPU."""
+"""The 2D selective scan in C++: on the CPU here, on an NVIDIA GPU in :mod:`.cuda_impl`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from torch import Tensor
 
 from mmvmamba_kernels import cpp_scan
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.selective_scan_2d import cuda_impl
 from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
 
 
 def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
+    if x.is_cuda:
+        return cuda_impl.carries_shape(x, A, pattern)
     return cpp_scan.carries_shape(*x.shape, A.shape[2], PATTERNS[pattern])
 
 
@@ -40,9 +43,11 @@ def forward(
     """See :func:`mmvmamba_kernels.selective_scan_2d`.
 
     Returns:
-        The output in ``x``'s dtype, and the states that enter the tiles of every direction in the
-        state's dtype (no elements unless ``save_carries``).
+        The output in ``x``'s dtype, and states along every path in the state's dtype (no elements
+        unless ``save_carries``).
     """
+    if x.is_cuda:
+        return cuda_impl.forward(x, proj, dt_weight, dt_bias, A, D, pattern, save_carries)
     arguments = _arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
     positions = arguments[0]
     out = torch.empty_like(positions)
@@ -72,6 +77,8 @@ def backward(
     Returns:
         The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
     """
+    if x.is_cuda:
+        return cuda_impl.backward(grad_out, carries, x, proj, dt_weight, dt_bias, A, D, pattern)
     arguments = _arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
     positions = arguments[0]
     grad_out = grad_out.to(positions.dtype).contiguous().flatten(1, 2)

@@ -2,7 +2,7 @@
 
 Maps are read where they are, in the order of every path, and step sizes are recomputed from the low
 rank in registers: the forward pass writes a partial output per direction (see
-:func:`~mmvmamba_kernels.triton_scan.partial_buffers`) and their sum, nothing else.
+:func:`~mmvmamba_kernels.gpu_scan.partial_buffers`) and their sum, nothing else.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
 from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
 from mmvmamba_kernels.triton_scan import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
     Layout,
     Operands,
-    matmul,
-    partial_buffers,
     scan_backward,
     scan_forward,
     sum_buffers,
@@ -52,11 +51,6 @@ def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
     return _layout(x, A, pattern).carries_shape()
 
 
-def _low_rank(proj: Tensor, rank: int) -> Tensor:
-    """The dt part of ``proj``, (K, positions, R), as a view."""
-    return proj.flatten(0, 2)[..., :rank].transpose(0, 1)
-
-
 def _operands(
     x: Tensor,
     proj: Tensor,
@@ -75,7 +69,7 @@ def _operands(
     layout = _layout(x, A, pattern, rank, rank if rank <= max_rank else 0)
     delta = None
     if rank > max_rank:
-        delta = torch.bmm(_low_rank(proj, rank).to(dtype), dt_weight.transpose(1, 2).to(dtype))
+        delta = raw_step_sizes(proj, dt_weight, dtype)
     return layout, Operands(x, proj, A, delta, dt_weight, dt_bias, D, softplus=True, dtype=dtype)
 
 
@@ -143,7 +137,7 @@ def backward(
         The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
     """
     layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK_BACKWARD)
-    directions, channels, rank = dt_weight.shape
+    directions, channels, _ = dt_weight.shape
     dtype, buffers = partial_buffers(x.dtype, directions)
     parts = x.new_empty((buffers, *x.shape), dtype=dtype)
     # Products take the gradient of the raw step sizes from here, on tensor cores if x is bfloat16.
@@ -152,16 +146,14 @@ def backward(
         layout, operands, carries, grad_out.contiguous(), parts, raw, waves(directions, buffers)
     )
 
-    low_rank = _low_rank(operands.proj, rank).to(dtype)
-    grad_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
-    columns = grad_proj.flatten(0, 2)
-    columns[..., :rank] = torch.bmm(raw, dt_weight.to(dtype)).transpose(0, 1)
-    columns[..., rank:] = grads.proj
+    grad_proj, grad_weight, grad_bias = low_rank_gradients(
+        raw, grads.proj.transpose(0, 1), proj, dt_weight, operands.dtype
+    )
     return (
         sum_buffers(parts, x.dtype),
         grad_proj,
-        matmul(raw.transpose(1, 2), low_rank, operands.dtype).to(dt_weight.dtype),
-        raw.sum(1, dtype=operands.dtype).to(dt_bias.dtype),
+        grad_weight,
+        grad_bias.to(dt_bias.dtype),
         grads.A.to(A.dtype, copy=True, memory_format=torch.contiguous_format),
         grads.skip.to(D.dtype),
     )
