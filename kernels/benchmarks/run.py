@@ -32,6 +32,8 @@ from torch import Tensor
 import mmvmamba_kernels
 from mmvmamba_kernels import BackendError, available_backends
 from mmvmamba_kernels.testing import (
+    add_layer_norm_arguments,
+    add_layer_norm_oracle,
     depthwise_conv_arguments,
     depthwise_conv_oracle,
     errors,
@@ -48,12 +50,28 @@ ORACLES = {
     "selective_scan_2d": selective_scan_2d_oracle,
     "selective_scan": selective_scan_oracle,
     "depthwise_conv": depthwise_conv_oracle,
+    "add_layer_norm": lambda **tensors: add_layer_norm_oracle(**tensors)[1],
+}
+ARGUMENTS = {
+    "selective_scan_2d": selective_scan_2d_arguments,
+    "selective_scan": selective_scan_arguments,
+    "depthwise_conv": depthwise_conv_arguments,
+    "add_layer_norm": add_layer_norm_arguments,
 }
 OPTIONS = {
     "selective_scan_2d": {},
     "selective_scan": {"delta_softplus": True},
     "depthwise_conv": {"act": "silu"},
+    "add_layer_norm": {},
 }
+# The parameters of every operator, which are float32 in training, also where maps are not.
+PARAMETERS = {
+    "selective_scan_2d": ("dt_weight", "dt_bias", "A", "D"),
+    "selective_scan": ("A", "D", "delta_bias"),
+    "depthwise_conv": ("weight", "bias"),
+    "add_layer_norm": ("weight", "bias"),
+}
+STATELESS = ("depthwise_conv", "add_layer_norm")
 
 # Scanned elements beyond which the reference backend takes too long to check a shape on a CPU.
 REFERENCE_LIMIT = 1 << 24
@@ -86,29 +104,13 @@ class Shape:
         batch, height, width = (
             (1, extent, extent) if extent else (self.batch, self.height, self.width)
         )
+        sizes = (batch, height, width, self.channels)
         if op == "selective_scan":
-            return selective_scan_arguments(
-                batch, 4, self.channels, self.states, height * width, dtype=dtype, device=device
-            )
-        if op == "depthwise_conv":
-            arguments = depthwise_conv_arguments(
-                batch, height, width, self.channels, dtype=dtype, device=device
-            )
-            parameters = ("weight", "bias")
-        else:
-            arguments = selective_scan_2d_arguments(
-                batch,
-                height,
-                width,
-                self.channels,
-                self.rank,
-                self.states,
-                dtype=dtype,
-                device=device,
-            )
-            parameters = ("dt_weight", "dt_bias", "A", "D")
-        # Parameters are float32 in training, also where maps are not.
-        for name in parameters:
+            sizes = (batch, 4, self.channels, self.states, height * width)
+        elif op == "selective_scan_2d":
+            sizes = (*sizes, self.rank, self.states)
+        arguments = ARGUMENTS[op](*sizes, dtype=dtype, device=device)
+        for name in PARAMETERS[op]:
             arguments[name] = arguments[name].detach().float().requires_grad_()
         return arguments
 
@@ -193,7 +195,12 @@ def copy_rate(device: torch.device) -> float:
 
 def runner(op: str, backend: str) -> Callable[..., Tensor]:
     function = getattr(mmvmamba_kernels, op)
-    return lambda **tensors: function(**tensors, **OPTIONS[op], backend=backend)
+
+    def run(**tensors: Tensor) -> Tensor:
+        out = function(**tensors, **OPTIONS[op], backend=backend)
+        return out[1] if op == "add_layer_norm" else out
+
+    return run
 
 
 def check(op: str, backend: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
@@ -287,8 +294,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2, help="time spent on a measurement")
     parser.add_argument("--csv", type=Path, default=Path("work_dirs/kernel_benchmarks.csv"))
     options = parser.parse_args(argv)
-    if options.suite == "states" and options.op == "depthwise_conv":
-        parser.error("depthwise_conv has no states; its suites are models and lengths")
+    if options.suite == "states" and options.op in STATELESS:
+        parser.error(f"{options.op} has no states; its suites are models and lengths")
     return options
 
 
@@ -298,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=150)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    backends = options.backends or available_backends(options.op)
+    backends = options.backends or available_backends(options.op.removeprefix("add_"))
     name, packages, ceiling = device_name(device), versions(), copy_rate(device)
     table = Table(
         title=f"{options.op}, {options.dtype}, {name}; copy {ceiling:.0f} GB/s; {packages}"

@@ -261,6 +261,26 @@ def depthwise_conv_arguments(
     return _cast(tensors, dtype, device)
 
 
+def add_layer_norm_arguments(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensor arguments of ``add_layer_norm``; leaves that need gradients."""
+    normal = _generator(seed)
+    tensors = {
+        "x": normal(batch, height, width, channels),
+        "branch": normal(batch, height, width, channels),
+        "weight": normal(channels),
+        "bias": normal(channels),
+    }
+    return _cast(tensors, dtype, device)
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected value; infinite if not finite."""
     actual, expected = actual.double(), expected.double()

@@ -31,7 +31,9 @@ def arguments(op, file, backend="reference"):
     return ["--op", op, "--backends", backend, *fixed, "--csv", str(file)]
 
 
-@pytest.mark.parametrize("op", ["depthwise_conv", "selective_scan", "selective_scan_2d"])
+@pytest.mark.parametrize(
+    "op", ["add_layer_norm", "depthwise_conv", "selective_scan", "selective_scan_2d"]
+)
 def test_rows_are_appended(op, benchmark, tmp_path, capsys):
     file = tmp_path / "new" / "rows.csv"
     for _ in range(2):

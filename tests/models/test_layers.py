@@ -1,4 +1,4 @@
-"""The linear layer on maps: the same numbers whatever route the device takes."""
+"""Layers on maps: the same numbers whatever route the device takes."""
 
 import pytest
 import torch
@@ -39,3 +39,38 @@ def test_other_dtypes_keep_to_the_matrix_product():
     module = layers.Linear(8, 16).double()
     x = torch.randn(1, 3, 4, 8, dtype=torch.double)
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+def test_linear_of_gelu_is_what_pytorch_computes(autocast, frozen):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 5, 7, 24), torch.randn(12, 24), torch.randn(12)]
+    if autocast:
+        tensors[0] = tensors[0].to(autocast)
+    for i, tensor in enumerate(tensors):
+        tensor.requires_grad_(i not in frozen)
+    leaves = [t for t in tensors if t.requires_grad]
+    grad = torch.randn(2, 5, 7, 12)
+    results = []
+    for function in (
+        layers.LinearOfGelu.apply,
+        lambda x, weight, bias: F.linear(F.gelu(x), weight, bias),
+    ):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None):
+            y = function(*tensors)
+        results.append([y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))])
+    # The same products; under autocast their order of sums may differ by a rounding.
+    tolerance = 2**-6 if autocast else 1e-6
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_linear_of_gelu_keeps_its_input_alone():
+    x = torch.randn(2, 3, 4, 24, requires_grad=True)
+    weight, bias = torch.randn(12, 24, requires_grad=True), torch.zeros(12, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layers.LinearOfGelu.apply(x, weight, bias)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr(), weight.data_ptr()]
