@@ -1,47 +1,28 @@
-"""Throughput and memory of classifiers, ours and timm's, measured in one way."""
+"""Throughput and memory of models, every one measured in the same way and in the same run.
+
+A model is timed only after its output, and in training its gradients, have been compared with its
+own in fp32, eager and without TF32. The models of a case take turns for several rounds, so that a
+machine that slows down or speeds up in the meantime favours none. Weights and images are in
+channels-last memory format for all models or for none; dropout and stochastic depth are off.
+"""
 
 import dataclasses
-import statistics
+import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-from mmvmamba.models import VMamba
-from mmvmamba.registry import MODELS
+from mmvmamba.analysis.passes import MEMORY_FORMATS, Case, Step, tf32
+from mmvmamba.analysis.subjects import Subject, number_of_parameters, silence
 
-PASSES = ("inference", "training")
-PRECISIONS = ("fp32", "autocast", "bf16")
+ROUNDS = 5
 
-PassName = Literal["inference", "training"]
-PrecisionName = Literal["fp32", "autocast", "bf16"]
-
-NUM_CLASSES = 1000
-WARM_UP_CALLS = 2
-LEAST_CALLS = 5
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed.
-
-    Attributes:
-        passes: 'inference', or 'training': forward, cross entropy and backward, no optimizer.
-        precision: 'fp32' (TF32 on GPUs), 'autocast' (to bfloat16), or 'bf16' for weights and input.
-        batch: Images in a batch.
-        size: Side of the images in pixels.
-        compiled: Whether the model goes through `torch.compile`.
-    """
-
-    passes: PassName
-    precision: PrecisionName
-    batch: int
-    size: int
-    compiled: bool = False
+# What a model may raise that does not fit a case, on its way through PyTorch.
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -50,131 +31,201 @@ class Result:
 
     Attributes:
         model: The model's name.
+        case: What was timed.
+        failure: Why there are no figures; empty where there are.
         params: Its number of parameters.
         seconds: Median time of a call; `p20` and `p80` are percentiles.
+        calls: How many calls were timed.
         images_per_second: Batch over the median.
-        peak_gb: Peak memory of the device in GB (1e9 bytes), None on the CPU.
+        peak_gb: Peak of the model's own memory on a GPU, weights included, in GB (1e9 bytes); None
+            on the CPU, where no measure of it is good.
+        error: Of the output against fp32, relative (L2 norms).
     """
 
     model: str
     case: Case
-    params: int
-    seconds: float
-    p20: float
-    p80: float
-    images_per_second: float
-    peak_gb: float | None
+    failure: str = ""
+    params: int | None = None
+    seconds: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    calls: int = 0
+    images_per_second: float | None = None
+    peak_gb: float | None = None
+    error: float | None = None
 
     def row(self) -> dict:
         """The result as one flat row for a CSV file."""
         row = dataclasses.asdict(self)
-        return row | row.pop("case")
+        del row["case"]
+        return {"model": row.pop("model"), **self.case.row(), **row}
 
 
-def build_classifier(name: str) -> nn.Module:
-    """Makes a classifier of 1000 classes with random weights.
-
-    Args:
-        name: An arch of `VMamba`, or the name of a model of timm.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if name in VMamba.arch_settings or name in VMamba.arch_aliases:
-        backbone = VMamba(name, out_indices=(-1,), outnorm=False)
-        head = {
-            "type": "mmvmamba.VMambaClsHead",
-            "num_classes": NUM_CLASSES,
-            "in_channels": backbone.arch.dims[-1],
-        }
-        return nn.Sequential(backbone, MODELS.build(head))
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(
-            f"{name!r} is neither an arch of VMamba ({', '.join(VMamba.arch_settings)}) nor a "
-            "model of timm (timm.list_models() names them)."
-        )
-    return timm.create_model(name, num_classes=NUM_CLASSES)
-
-
-def measure(name: str, case: Case, device: torch.device, seconds: float) -> Result:
-    """Times one model, after checking that its outputs are finite.
+def measure_case(
+    subjects: Sequence[Subject],
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    rounds: int = ROUNDS,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Checks and times models in turns.
 
     Args:
-        name: See `build_classifier`.
+        subjects: The models. All of them stay on the device until the last has been timed.
         case: What to time.
         device: Where.
-        seconds: How long to go on; at least five calls are timed.
+        seconds: How long to time each model, all rounds together.
+        rounds: How many turns each model takes; at least one call is timed in each.
+        progress: Called with each model's name before it is prepared and before each turn.
 
     Returns:
-        The result.
+        A result for each model, in their order. A model that cannot run, runs out of memory or
+        gives wrong numbers has the reason in `failure` and no figures.
 
     Raises:
-        FloatingPointError: If the model's output is not finite: such a run's time means nothing.
+        ValueError: If the case needs a CUDA graph and the device is not CUDA.
     """
-    model = build_classifier(name).to(device)
-    params = sum(p.numel() for p in model.parameters())
-    call = _prepare(model, case, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(WARM_UP_CALLS):
-        if not torch.isfinite(call()).all():
-            raise FloatingPointError(f"{name} gives values that are not finite in {case}.")
-    times = sorted(_timed_calls(call, device, seconds))
-    median = statistics.median(times)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return Result(
-        name,
-        case,
-        params,
-        median,
-        p20=times[len(times) // 5],
-        p80=times[len(times) * 4 // 5],
-        images_per_second=case.batch / median,
-        peak_gb=peak,
-    )
+    case.check_device(device)
+    contestants: list[_Contestant] = []
+    with tf32(True), _on(device), _room_to_compile(case, len(subjects)):
+        for subject in subjects:
+            progress(subject.name)
+            contestants.append(_Contestant(subject, case, device))
+        for turn in range(rounds):
+            # Back and forth: the first of a round is the last of the next.
+            for contestant in contestants[:: -1 if turn % 2 else 1]:
+                progress(contestant.name)
+                contestant.take_turn(seconds / rounds)
+    return [contestant.result() for contestant in contestants]
 
 
-def _prepare(model: nn.Module, case: Case, device: torch.device) -> Callable[[], Tensor]:
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    model = model.to(dtype)
-    images = torch.randn(case.batch, 3, case.size, case.size, device=device, dtype=dtype)
-    labels = torch.arange(case.batch, device=device) % NUM_CLASSES
-    parameters = list(model.parameters())
-    model = model.train(case.passes == "training")
-    if case.compiled:
-        model = torch.compile(model)
+class _Contestant:
+    """A model that is checked at once, and timed turn by turn until it fails."""
 
-    def cast() -> AbstractContextManager:
-        if case.precision == "autocast":
-            return torch.autocast(device.type, torch.bfloat16)
-        return nullcontext()
+    def __init__(self, subject: Subject, case: Case, device: torch.device):
+        self.name, self.case, self.device = subject.name, case, device
+        self.failure, self.times = "", []
+        self.params = self.peak_gb = self.error = self.call = None
+        with self._failures():
+            self._prepare(subject)
 
-    @torch.inference_mode()
-    def inference() -> Tensor:
-        with cast():
-            return model(images)
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self._give_up("out of memory")
+        except FAILURES as error:
+            reason = str(error).strip().splitlines()
+            self._give_up(reason[0] if reason else type(error).__name__)
 
-    def training() -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        with cast():
-            loss = nn.functional.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        return loss.detach()
+    def _give_up(self, reason: str) -> None:
+        self.failure, self.call = reason, None
 
-    return inference if case.passes == "inference" else training
-
-
-def _timed_calls(
-    call: Callable[[], Tensor], device: torch.device, seconds: float
-) -> Iterator[float]:
-    begin, calls = time.perf_counter(), 0
-    while calls < LEAST_CALLS or time.perf_counter() - begin < seconds:
-        before = time.perf_counter()
-        call()
+    def _prepare(self, subject: Subject) -> None:
+        case, device = self.case, self.device
+        before = _allocated(device)
+        model = subject.build(case.size).to(device)
+        model = model.to(memory_format=MEMORY_FORMATS[case.memory_format])
+        self.params = number_of_parameters(model)
+        silence(model)
+        model.train(case.passes == "training")
+        step = Step(model, case, device, subject.classifies)
+        reference = step.reference()
+        call = step.prepare()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        yield time.perf_counter() - before
-        calls += 1
+            torch.cuda.reset_peak_memory_stats(device)
+        if "graph" in case.execution:
+            call = _capture(call)
+        outputs = call()
+        _synchronize(device)
+        if device.type == "cuda":
+            self.peak_gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+        self.error = step.check(outputs, reference)
+        self.call = call
+
+    def take_turn(self, seconds: float) -> None:
+        if self.call is None:
+            return
+        with self._failures():
+            # The others have emptied the caches.
+            self.call()
+            self.times += _timed(self.call, self.device, seconds)
+
+    def result(self) -> Result:
+        if self.failure:
+            return Result(self.name, self.case, self.failure, self.params)
+        p20, median, p80 = np.percentile(self.times, [20, 50, 80]).tolist()
+        return Result(
+            self.name,
+            self.case,
+            params=self.params,
+            seconds=median,
+            p20=p20,
+            p80=p80,
+            calls=len(self.times),
+            images_per_second=self.case.batch / median,
+            peak_gb=self.peak_gb,
+            error=self.error,
+        )
+
+
+def _capture(call: Callable[[], object]) -> Callable[[], object]:
+    """Records a warmed-up pass as a CUDA graph; its outputs are those of the last replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+def _on(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _room_to_compile(case: Case, models: int) -> Iterator[None]:
+    """Lets every model of a case be compiled for the case's size alone."""
+    if "compiled" not in case.execution:
+        yield
+        return
+    import torch._dynamo
+
+    # What other cases compiled would make sizes dynamic that are fixed here.
+    torch.compiler.reset()
+    # Models share code, whose graphs are counted together; over the limit it runs uncompiled.
+    limit = torch._dynamo.config.recompile_limit * models
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        yield
+
+
+def _allocated(device: torch.device) -> int:
+    """Memory of the device in use, after what failed models have left was given back."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(call: Callable[[], object], device: torch.device, seconds: float) -> Iterator[float]:
+    """Times of single calls, at least one, until the seconds are over."""
+    _synchronize(device)
+    begin = now = time.perf_counter()
+    while True:
+        call()
+        _synchronize(device)
+        before, now = now, time.perf_counter()
+        yield now - before
+        if now - begin >= seconds:
+            return

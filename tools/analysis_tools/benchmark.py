@@ -1,122 +1,251 @@
 #!/usr/bin/env python
-"""Times VMamba beside other backbones in one run. See `--help`."""
+"""Times VMamba beside other models in one run, or computes what they keep. See `--help`."""
 
 import argparse
-import csv
-import os
-import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from mmvmamba.analysis.throughput import PASSES, PRECISIONS, Case, Result, measure
+from mmvmamba.analysis.activations import Activations, count_activations
+from mmvmamba.analysis.passes import EXECUTIONS, MEMORY_FORMATS, PASSES, PRECISIONS, Case
+from mmvmamba.analysis.reports import (
+    activations_panels,
+    activations_tables,
+    append_csv,
+    check_csv,
+    find_section,
+    machine,
+    plot,
+    throughput_panels,
+    throughput_table,
+    write_section,
+)
+from mmvmamba.analysis.subjects import PEERS, Subject, find_subject
+from mmvmamba.analysis.throughput import ROUNDS, Result, measure_case
+from mmvmamba.engine.cli import run_command
+from mmvmamba.engine.errors import UsageError
 
-PEERS = ("swin_tiny_patch4_window7_224", "convnext_tiny")
+MODELS = ("tiny", "swin-tiny", "convnext-tiny")
+GPU_BATCH = 128
+CPU_BATCHES = {"inference": 1, "training": 4}
+
+Shape = tuple[int | None, tuple[int, int]]
 
 
-def parse_arguments() -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
+def shape(text: str) -> Shape:
+    """Reads SIDE, HEIGHTxWIDTH or BATCHxHEIGHTxWIDTH."""
+    numbers = [int(part) for part in text.split("x")]
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 1:
+        raise ValueError(text)
+    *batch, height, width = numbers if len(numbers) > 1 else numbers * 2
+    return (batch[0] if batch else None), (height, width)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Time classifiers, every one in the same modes, and give their ratio to the "
-        "first."
+        description="Time models, every one in the same modes and taking turns, and give their "
+        "ratio to the first. A mode's output is compared with the model's own in fp32 first; a "
+        "model that fails has no figures, and the exit status is 1."
     )
     parser.add_argument(
         "models",
         nargs="*",
-        default=["tiny", *PEERS],
-        help=f"archs of VMamba and models of timm (default: tiny {' '.join(PEERS)})",
+        default=list(MODELS),
+        metavar="MODEL",
+        help="configs (FILE.py or PACKAGE::FOLDER/FILE.py), archs of VMamba (with +cp behind the "
+        f"name: gradient checkpointing), {', '.join(PEERS)}, or models of timm (default: "
+        f"{' '.join(MODELS)})",
     )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument(
-        "--batch", type=int, help="images in a batch (128; on the CPU 1, in training 4)"
+        "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)"
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224], help="sides of the images")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for each measurement")
+    parser.add_argument(
+        "--execution",
+        nargs="+",
+        choices=EXECUTIONS,
+        default=["eager"],
+        help="'graph' is a CUDA graph of the whole pass (default: eager)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"images in a batch (default: {GPU_BATCH}; on the CPU 1, in training 4)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=shape,
+        nargs="+",
+        default=[shape("224")],
+        metavar="SIZE",
+        help="sizes of the images: 224, 800x1280 (height x width), or 2x800x1280 with the batch",
+    )
+    parser.add_argument(
+        "--memory-format",
+        choices=MEMORY_FORMATS,
+        default="channels-last",
+        help="of every model's weights and images (default: channels-last)",
+    )
+    parser.add_argument(
+        "--backbone-only", action="store_true", help="leave heads and necks out, of every model"
+    )
+    parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="compute, without running it, what a training step keeps for its backward pass on a "
+        "GPU, which need not be there",
+    )
+    parser.add_argument(
+        "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="time for each model and case (default: 5)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"turns that it is split in (default: {ROUNDS})"
+    )
     parser.add_argument("--csv", type=Path, help="append the results to this file")
-    return parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="draw the results over --sizes into this picture")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        help="write the tables into this file, between its comments <!-- begin SECTION --> and "
+        "<!-- end SECTION -->",
+    )
+    parser.add_argument("--section", default="measured", help="(default: measured)")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="override settings of the configs",
+    )
+    options = parser.parse_args(arguments)
+    if min(options.rounds, 1 if options.batch is None else options.batch) < 1:
+        parser.error("--rounds and --batch must be at least 1")
+    return options
+
+
+def subjects(options: argparse.Namespace) -> list[Subject]:
+    try:
+        return [
+            find_subject(name, options.backbone_only, options.cfg_options)
+            for name in dict.fromkeys(options.models)
+        ]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    def batch(passes: str) -> int:
-        if options.batch:
-            return options.batch
-        return 128 if options.device.startswith("cuda") else {"inference": 1, "training": 4}[passes]
+    def default_batch(passes: str) -> int:
+        on_gpu = options.activations or options.device.type == "cuda"
+        return options.batch or (GPU_BATCH if on_gpu else CPU_BATCHES[passes])
 
     return [
-        Case(passes, precision, batch(passes), size, options.compile)
-        for passes in options.passes
+        Case(passes, precision, batch or default_batch(passes), size, execution, format_)
+        for passes in (["training"] if options.activations else options.passes)
         for precision in options.precision
-        for size in options.sizes
+        for execution in (["eager"] if options.activations else options.execution)
+        for batch, size in options.sizes
+        for format_ in [options.memory_format]
     ]
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "load": f"{os.getloadavg()[0]:.1f}"}
+def check(options: argparse.Namespace, todo: Sequence[Case], about: dict[str, str]) -> None:
+    """Refuses before anything is measured what could only fail after it."""
+    kind = Activations if options.activations else Result
+    if options.csv:
+        check_csv(options.csv, kind("", todo[0]).row() | about)
+    if options.markdown:
+        find_section(options.markdown, options.section)
+    if options.plot:
+        from matplotlib.figure import Figure
+
+        formats = Figure().canvas.get_supported_filetypes()
+        if options.plot.suffix.lstrip(".") not in formats:
+            raise UsageError(f"--plot {options.plot}: choose one of .{', .'.join(formats)}")
 
 
-def show(results: list[Result], about: dict[str, str]) -> None:
-    table = Table(title=", ".join(f"{key} {value}" for key, value in about.items()))
-    for title in ("pass", "precision", "batch", "size", "model", "params (M)"):
-        table.add_column(title)
-    for title in ("ms", "p20-p80", "images/s", "x first", "peak GB"):
-        table.add_column(title, justify="right")
-    first: dict[Case, Result] = {}
-    for result in results:
-        case = result.case
-        reference = first.setdefault(case, result)
-        table.add_row(
-            case.passes,
-            case.precision + (", compiled" if case.compiled else ""),
-            str(case.batch),
-            str(case.size),
-            result.model,
-            f"{result.params / 1e6:.1f}",
-            f"{result.seconds * 1e3:.1f}",
-            f"{result.p20 * 1e3:.1f}-{result.p80 * 1e3:.1f}",
-            f"{result.images_per_second:.1f}",
-            f"{result.images_per_second / reference.images_per_second:.2f}",
-            "-" if result.peak_gb is None else f"{result.peak_gb:.2f}",
+def benchmark(options: argparse.Namespace) -> None:
+    models, todo = subjects(options), cases(options)
+    if not options.activations:
+        if options.device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"--device {options.device}: torch sees no GPU here.")
+        try:
+            for case in todo:
+                case.check_device(options.device)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    about = machine(options.device)
+    if options.activations:
+        del about["device"], about["load"]
+    check(options, todo, about)
+
+    console = Console()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    results, tables = [], []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        steps = 1 if options.activations else 1 + options.rounds
+        task = progress.add_task("", total=len(todo) * len(models) * steps)
+        for case in todo:
+
+            def advance(name: str, case: Case = case) -> None:
+                progress.update(task, advance=1, description=f"{name}, {case}")
+
+            found = measure(options, models, case, advance)
+            results += found
+            if options.csv:
+                append_csv(options.csv, [result.row() | about for result in found])
+            if not options.activations:
+                tables.append(throughput_table(found))
+                console.print(tables[-1].rich())
+    if options.activations:
+        tables = activations_tables(results)
+        console.print(*(table.rich() for table in tables))
+    report(options, results, tables, about)
+    failed = sum(bool(result.failure) for result in results)
+    if failed:
+        raise UsageError(f"{failed} of {len(results)} measurements failed, see above.")
+
+
+def measure(options: argparse.Namespace, models: Sequence[Subject], case: Case, advance) -> list:
+    if options.activations:
+        found = []
+        for model in models:
+            advance(model.name)
+            found.append(count_activations(model, case))
+        return found
+    return measure_case(models, case, options.device, options.seconds, options.rounds, advance)
+
+
+def report(options: argparse.Namespace, results, tables, about: dict[str, str]) -> None:
+    """Writes what is written once, at the end."""
+    if options.markdown:
+        command = shlex.join(["python", "tools/analysis_tools/benchmark.py", *sys.argv[1:]])
+        head = f"{date.today()}: {', '.join(f'{key} {value}' for key, value in about.items())}"
+        text = "\n\n".join(
+            [f"```bash\n{command}\n```", head, *(table.markdown() for table in tables)]
         )
-    Console().print(table)
-
-
-def append(file: Path, results: list[Result], about: dict[str, str]) -> None:
-    rows = [result.row() | about for result in results]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = not file.is_file()
-    with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        write_section(options.markdown, options.section, text)
+    if options.plot and not all(result.failure for result in results):
+        panels = activations_panels if options.activations else throughput_panels
+        plot(panels(results), options.plot)
 
 
 def main() -> None:
     options = parse_arguments()
-    device = torch.device(options.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    todo = [(case, name) for case in cases(options) for name in options.models]
-    results = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(todo))
-        for case, name in todo:
-            progress.update(task, description=f"{name}, {case.passes}, {case.size}")
-            results.append(measure(name, case, device, options.seconds))
-            progress.advance(task)
-    about = machine(device)
-    show(results, about)
-    if options.csv:
-        append(options.csv, results, about)
+    # What models say of themselves as they are built belongs to other occasions.
+    MMLogger.get_current_instance().setLevel("WARNING")
+    run_command(lambda: benchmark(options))
 
 
 if __name__ == "__main__":
