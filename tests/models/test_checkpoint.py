@@ -19,6 +19,8 @@ from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
     classifier_to_official,
+    convert,
+    current_names,
     find_state_dict,
     load_backbone,
     read_checkpoint,
@@ -161,11 +163,36 @@ def test_flipped_bit_in_a_tensor(tmp_path, state):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", r"is empty\. Fetch or write it again"),
+        (b"<html>404</html>", r"is a web page, not a checkpoint"),
+        (b"\n<!DOCTYPE html>", r"is a web page, not a checkpoint"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            r"is what Git LFS left .* git lfs pull",
+        ),
+        (b"PK\x03\x04" + bytes(200), r"is incomplete: it ends after 204 bytes"),
+    ],
+)
+def test_files_that_are_something_else_are_refused_with_the_cause(tmp_path, content, cause):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"x\.pth {cause}"):
+        read_checkpoint(path)
+
+
+def test_a_fetched_file_that_is_damaged_is_to_be_deleted(server, state):
+    folder, address = server
+    save(folder / "cut.pth", state)
+    whole = (folder / "cut.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"Delete it and fetch {address}/cut\.pth again"):
+        read_checkpoint(f"{address}/cut.pth")
+
+
 def test_not_a_checkpoint(tmp_path):
-    text = tmp_path / "page.pth"
-    text.write_text("<html>404</html>")
-    with pytest.raises(CheckpointError, match=r"page\.pth"):
-        read_checkpoint(text)
     with pytest.raises(CheckpointError, match="holds a list, expected a dict"):
         read_checkpoint(save(tmp_path / "list.pth", [torch.ones(1)]))
     with pytest.raises(CheckpointError, match=r"no state dict.*It has: epoch"):
@@ -268,6 +295,114 @@ def test_classifier_keys_go_both_ways():
     assert all(back[k] is official[k] for k in official)
     with pytest.raises(CheckpointError, match="'neck.w' is neither"):
         classifier_to_official({"neck.w": torch.ones(1)})
+
+
+def before_the_release(official):
+    """An official classification state dict under the names of the first code."""
+    renamed = {}
+    for key, value in official.items():
+        old = key.removeprefix("classifier.")
+        old = old.replace("patch_embed.0.", "patch_embed.proj.")
+        old = old.replace("patch_embed.2.", "patch_embed.norm.")
+        if ".blocks." in old:
+            layer, _, rest = old.partition(".blocks.")
+            block, part, rest = rest.split(".", 2)
+            part = {"norm": "ln_1", "op": "self_attention"}[part]
+            old = f"{layer}.blocks.{block}.{part}.{rest}"
+        renamed[old] = value
+    return renamed
+
+
+def test_files_from_before_the_release_get_the_names_of_today(tmp_path):
+    data = golden.load("vanilla")
+    official = without_outnorm(data.weights)
+    old = before_the_release(official)
+    assert {"patch_embed.proj.weight", "norm.weight", "head.bias"} < old.keys()
+    assert "layers.0.blocks.0.self_attention.A_logs" in old
+    assert "layers.0.blocks.0.self_attention.out_norm.weight" in old
+    assert "layers.0.downsample.norm.weight" in old
+    entry, found = find_state_dict({"model": old}, "old.pth")
+    assert entry == "model"
+    assert found.keys() == official.keys()
+    assert all(found[key] is official[key] for key in official)
+
+    model = MM_VSSM(**data.kwargs)
+    report = load_backbone(model, save(tmp_path / "old.pth", {"model": old}))
+    assert_loaded(model, without_outnorm(data.backbone_weights))
+    assert all(key.startswith("outnorm") for key in report.kept)
+
+    detector = {
+        f"module.backbone.{k}": v for k, v in before_the_release(data.backbone_weights).items()
+    } | {"module.bbox_head.norm.weight": torch.ones(1), "module.head.w": torch.ones(1)}
+    model = MM_VSSM(**data.backbone_kwargs)
+    report = load_backbone(model, save(tmp_path / "det.pth", {"state_dict": detector}))
+    assert_loaded(model, data.backbone_weights)
+    assert report.kept == ()
+    assert {key for key in report.ignored if key.startswith("bbox")} == {"bbox_head.norm.weight"}
+
+
+def test_names_of_today_stay():
+    for case in golden.CASES:
+        keys = golden.load(case).weights
+        assert current_names(keys) == {key: key for key in keys}
+    ours = ["backbone.patch_embed.norm.weight", "neck.norm.weight", "head.fc.weight"]
+    assert current_names(ours) == {key: key for key in ours}
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_a_converted_classifier_has_the_official_logits_and_converts_back(case):
+    registry = pytest.importorskip("mmpretrain.registry").MODELS
+    data = golden.load(case)
+    official = without_outnorm(data.weights)
+    ours = convert({"model_ema": official, "model": {}}, "a.pth", "ours", classifier=True)
+    assert ours.entry == "model_ema"
+    norm = "bn" if data.kwargs.get("norm_layer") == "bn" else "ln"
+    head = {
+        "type": "mmvmamba.VMambaClsHead",
+        "num_classes": len(official["classifier.head.bias"]),
+        "in_channels": len(official["classifier.norm.weight"]),
+        "norm": norm,
+    }
+    last = len(data.outs) - 1
+    backbone = {"type": "mmvmamba.MM_VSSM", **data.kwargs, "out_indices": (last,)}
+    model = registry.build(
+        {"type": "mmpretrain.ImageClassifier", "backbone": backbone, "head": head}
+    ).eval()
+    missing, unknown = model.load_state_dict(ours.state, strict=False)
+    assert not unknown
+    assert all(key.startswith(f"backbone.outnorm{last}.") for key in missing)
+    # The head reads the map before the official backbone's outnorm, as our configs do.
+    model.backbone.outnorm = False
+    with torch.no_grad():
+        assert golden.relative_error(model(data.input, mode="tensor"), data.logits) < 1e-4
+    back = convert({"state_dict": ours.state}, "b.pth", "official", classifier=True)
+    assert list(back.state) == list(official)
+    assert all(back.state[key] is official[key] for key in official)
+
+
+def test_conversions_account_for_every_key(state):
+    official = {f"module.{k}": v for k, v in state.items()} | {
+        "module.classifier.head.bias": torch.ones(1)
+    }
+    result = convert({"model": official}, "a.pth", "ours", classifier=True)
+    assert set(result.names) == set(official)
+    assert set(result.left_out) == {k for k in official if "outnorm" in k}
+    assert result.names["module.classifier.head.bias"] == "head.head.bias"
+    assert result.names["module.patch_embed.0.bias"] == "backbone.patch_embed.0.bias"
+    detector = {"backbone.a": torch.ones(1), "roi_head.b": torch.ones(1)}
+    for to in ("ours", "official"):
+        result = convert({"state_dict": detector}, "d.pth", to, classifier=False)
+        assert result.state == detector
+
+
+def test_conversions_of_the_wrong_thing_are_refused(state):
+    with pytest.raises(CheckpointError, match="'patch_embed.0.weight' is neither"):
+        convert({"model": state}, "a.pth", "official", classifier=True)
+    with pytest.raises(CheckpointError, match=r"a\.pth has no state dict: expected one under ema"):
+        convert({"model": state}, "a.pth", "ours", classifier=True, entry="ema")
+    twice = {"w": torch.ones(1), "module.w": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"a\.pth has more than one value for w"):
+        convert({"model": twice}, "a.pth", "ours", classifier=False)
 
 
 def test_official_classification_weights_run_in_an_image_classifier():
