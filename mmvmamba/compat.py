@@ -29,31 +29,56 @@ STACK = {
 # What every use of mmvmamba imports; the others are needed for their own tasks only.
 REQUIRED = ("torch", "mmengine", "mmcv")
 
+# As in pyproject.toml, for a checkout that is not installed.
+PYTHON = SpecifierSet(">=3.10,<3.13")
+# What works outside its window, but not everywhere: only `python -m mmvmamba.doctor` speaks of it.
+# Distribution -> (versions, how to get one, what does not work with others).
+ADVISED = {
+    "numpy": (
+        SpecifierSet("<2.4"),
+        'pip install "numpy<2.4"',
+        "Triton's interpreter, which runs its kernels without a GPU, breaks with later ones",
+    ),
+}
+
 
 class StackError(ImportError):
     """Raised when an installed package lies outside the versions that work together."""
 
 
+def installed_version(name: str) -> str | None:
+    """The version of a distribution, or None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def stack_problem(name: str) -> str | None:
+    """What is wrong with a package of `STACK`, or None.
+
+    Of those that are not installed only the required ones are a problem: a user of mmdet needs no
+    mmseg.
+    """
+    window, _ = STACK[name]
+    found = installed_version(name)
+    if found is None:
+        # mmcv's module also comes from a distribution of another name, mmcv-lite.
+        if name in REQUIRED and find_spec(name) is None:
+            return f"{name} is not installed, mmvmamba needs {window}"
+    elif not window.contains(found, prereleases=True):
+        return f"{name} {found} is installed, mmvmamba needs {window}"
+    return None
+
+
 def stack_problems() -> list[str]:
     """Lists the packages that do not fit mmvmamba.
-
-    Of those that are not installed only the required ones count: a user of mmdet needs no mmseg.
 
     Returns:
         One line per package: what is there, what is needed and the command that mends it.
     """
-    problems = []
-    for name, (window, command) in STACK.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            # mmcv's module also comes from a distribution of another name, mmcv-lite.
-            if name in REQUIRED and find_spec(name) is None:
-                problems.append(f"{name} is not installed, mmvmamba needs {window}: {command}")
-            continue
-        if not window.contains(found, prereleases=True):
-            problems.append(f"{name} {found} is installed, mmvmamba needs {window}: {command}")
-    return problems
+    problems = {name: stack_problem(name) for name in STACK}
+    return [f"{text}: {STACK[name][1]}" for name, text in problems.items() if text]
 
 
 def check_stack() -> None:
@@ -65,6 +90,14 @@ def check_stack() -> None:
     problems = stack_problems()
     if problems:
         raise StackError("\n  ".join(["the installed packages do not fit together.", *problems]))
+
+
+def diagnosing() -> bool:
+    """Whether Python runs `python -m mmvmamba.doctor`, which speaks of the whole stack itself.
+
+    While Python imports the package for it, `sys.argv` begins with '-m'.
+    """
+    return sys.argv[:1] == ["-m"] and "mmvmamba.doctor" in sys.orig_argv
 
 
 def _history_buffer_statistic(owner: type, name: str):
@@ -122,8 +155,11 @@ def mend_inductor_strides() -> None:
 
     PyTorch 2.11's Inductor sorts the strides of what is saved for the backward pass as if they were
     numbers, and stops at symbolic ones with "cannot determine truth value of Relational"
-    (pytorch/pytorch#185510). Its own symbolic comparison is given the shapes it needs.
+    (pytorch/pytorch#185510). Here it sorts those of the sizes that it compiles for: the order is
+    that of the dimensions, whatever their sizes, so it must not become a condition on these, for
+    which every new size would be compiled anew.
     """
+    import torch
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
@@ -131,8 +167,12 @@ def mend_inductor_strides() -> None:
     if getattr(original, "mended", False):
         return
 
+    def hint(stride):
+        stride = stride.node.expr if isinstance(stride, torch.SymInt) else stride
+        return V.graph.sizevars.size_hint(stride)
+
     def get_fill_order(seq, shape_env=None):
-        return original(seq, V.graph.sizevars.shape_env if shape_env is None else shape_env)
+        return original(seq if shape_env is not None else [hint(s) for s in seq], shape_env)
 
     get_fill_order.mended = True
     ir.get_fill_order = get_fill_order

@@ -4,6 +4,7 @@ _base_ = [
     "./_base_/arch.py",
     "mmseg::_base_/models/upernet_swin.py",
     "mmseg::_base_/datasets/ade20k.py",
+    "mmseg::_base_/schedules/schedule_20k.py",
     "mmseg::_base_/default_runtime.py",
 ]
 
@@ -51,10 +52,9 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=max_iters)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 optim_wrapper = dict(
+    _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0),
@@ -65,10 +65,6 @@ param_scheduler = [
     dict(type="PolyLR", eta_min=0.0, power=0.9, begin=30, end=max_iters, by_epoch=False),
 ]
 default_hooks = dict(
-    timer=dict(type="IterTimerHook"),
-    logger=dict(type="LoggerHook", interval=20, log_metric_by_epoch=False),
-    param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=60, max_keep_ckpts=2),
-    sampler_seed=dict(type="DistSamplerSeedHook"),
-    visualization=dict(type="mmseg.SegVisualizationHook"),
+    logger=dict(interval=20),
+    checkpoint=dict(interval=60, max_keep_ckpts=2),
 )

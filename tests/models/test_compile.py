@@ -77,9 +77,12 @@ def test_inductor_trains_at_changing_sizes():
     # Small: generated code is compiled by the C++ compiler, minutes for a real model.
     model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0).train()
     function, counter = compiled(model, "inductor", dynamic=True)
-    for size in SIZES[:2]:
+    compare(model, function, torch.randn(SIZES[0]), 1e-4)
+    # A backend may be asked more than once for one graph.
+    compiled_once = counter.frame_count
+    for size in SIZES[1:3]:
         compare(model, function, torch.randn(size), 1e-4)
-    assert counter.frame_count == 1
+    assert counter.frame_count == compiled_once
 
 
 def test_a_cuda_graph_replays_the_backbone():

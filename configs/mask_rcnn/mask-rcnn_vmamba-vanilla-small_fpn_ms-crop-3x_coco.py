@@ -1,0 +1,8 @@
+_base_ = "./mask-rcnn_vmamba-tiny-s1l8_fpn_ms-crop-3x_coco.py"
+
+model = dict(
+    backbone=dict(
+        arch="vanilla-small",
+        init_cfg=dict(checkpoint={{_base_.vmamba_weights.vanilla_small}}),
+    ),
+)

@@ -1,0 +1,8 @@
+_base_ = "./upernet_vmamba-tiny-s1l8_4xb4-160k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(
+        arch="tiny-s2l5",
+        init_cfg=dict(checkpoint={{_base_.vmamba_weights.tiny_s2l5}}),
+    ),
+)

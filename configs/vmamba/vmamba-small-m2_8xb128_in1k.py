@@ -1,0 +1,4 @@
+# VMamba-S with the Mamba-2 mixer.
+_base_ = "./vmamba-tiny-s1l8_8xb128_in1k.py"
+
+model = dict(backbone=dict(arch="small-m2"))

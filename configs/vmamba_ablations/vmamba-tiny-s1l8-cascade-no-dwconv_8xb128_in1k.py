@@ -1,0 +1,4 @@
+# Table 10: cascade scan without the depth-wise convolution.
+_base_ = "../vmamba/vmamba-tiny-s1l8_8xb128_in1k.py"
+
+model = dict(backbone=dict(scan="cascade2d", dwconv=False))

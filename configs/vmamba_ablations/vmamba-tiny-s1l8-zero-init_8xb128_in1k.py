@@ -1,0 +1,4 @@
+# Table 11: zero initialisation of the state-space parameters.
+_base_ = "../vmamba/vmamba-tiny-s1l8_8xb128_in1k.py"
+
+model = dict(backbone=dict(init="zero"))

@@ -1,0 +1,4 @@
+# Table 9: vanilla VMamba-T, trained at 224 pixels, tested at 640.
+_base_ = "./vmamba-tiny-s1l8_8xb128_in1k-640px.py"
+
+model = dict(backbone=dict(arch="vanilla-tiny"))

@@ -1,0 +1,420 @@
+"""What a position of the map takes from the others in a selective scan (paper, equations 16 to 20).
+
+With Q = C, K = B, V = dt x and w = exp(A cumsum(dt)), all along a path, the scan is attention:
+
+    y_t = sum over i <= t of <Q_t w_t, K_i / w_i> V_i + D x_t
+
+The quotient w_t / w_i is never formed, since w underflows within hundreds of positions: it is the
+exponential of A times the sum of dt from i + 1 to t, which is at most one. Everything is computed
+in float64.
+
+Three kinds of weights between a query t and a position i:
+- 'qk': <Q_t, K_i>, the same for all channels;
+- 'weighted': <Q_t w_t, K_i / w_i>, where every channel has its own w;
+- 'contribution': the same times dt_i, which is the derivative of y_t with respect to x_i for given
+  dt, B and C.
+Pictures have the mean over channels, and the sum over paths where paths are combined, since the
+mixer sums them. Position t's own weight has w_t / w_t = 1: the diagonals of the first two kinds are
+equal. The paper drops the skip connection D, and so is it here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvmamba.analysis.scan_patterns import path_name, path_positions, paths_of
+from mmvmamba.models.ss2d import SS2D, Mamba2Mixer, convolve
+from mmvmamba_kernels.selective_scan_2d.patterns import Path
+
+KINDS = ("qk", "weighted", "contribution")
+TITLES = {
+    "qk": r"$QK^\top$",
+    "weighted": r"$(Q\odot w)(K/w)^\top$",
+    "contribution": r"$(Q\odot w)(K/w)^\top\odot\Delta$",
+}
+
+Kind = Literal["qk", "weighted", "contribution"]
+
+
+@dataclass(frozen=True)
+class PathScan:
+    """One path's scan of one image, in float64, as S sequences of L steps.
+
+    Attributes:
+        name: What the path is called.
+        positions: (S, L), the map's position `row * width + column` that each step reads.
+        outputs: (S, L), the position to which each step's output is added. These are the same but
+            for the reversed paths of 'cascade2d', whose outputs are not turned back.
+        Q: (S, L, N), which is C.
+        K: (S, L, N), which is B.
+        dt: (S, L, D), positive.
+        A: (D, N), or (D, 1), negative.
+        x: (S, L, D); of the Mamba-2 mixer, (S, L, D * head width).
+    """
+
+    name: str
+    positions: Tensor
+    outputs: Tensor
+    Q: Tensor
+    K: Tensor
+    dt: Tensor
+    A: Tensor
+    x: Tensor
+
+    def find(self, position: int) -> tuple[int, int]:
+        """The sequence and the step whose output is added to a position."""
+        sequence, step = (self.outputs == position).nonzero()[0].tolist()
+        return sequence, step
+
+    def row(self, sequence: int, step: int, kind: Kind) -> Tensor:
+        """The weights of the steps up to one, for each channel.
+
+        Args:
+            sequence: The sequence.
+            step: The query, t.
+            kind: One of `KINDS`.
+
+        Returns:
+            (t + 1, D), or (t + 1, 1) for 'qk'.
+        """
+        products = self.Q[sequence, step] * self.K[sequence, : step + 1]
+        if kind == "qk":
+            return products.sum(-1, keepdim=True)
+        dt = self.dt[sequence, : step + 1]
+        # dt of the steps after each, up to the query: sums of what is positive lose no digits.
+        after = dt.flip(0).cumsum(0).roll(1, 0)
+        after[0] = 0
+        decay = (after.flip(0)[..., None] * self.A).exp()
+        weights = (decay * products[:, None]).sum(-1)
+        return weights * dt if kind == "contribution" else weights
+
+    def matrix(self, kind: Kind) -> Tensor:
+        """The attention matrix, in the order of the path.
+
+        Returns:
+            (S * L, S * L): a row for each query, the mean over channels; zero after the query and
+            between sequences.
+        """
+        sequences, steps = self.positions.shape
+        found = torch.zeros((sequences * steps,) * 2, dtype=torch.float64, device=self.dt.device)
+        for s in range(sequences):
+            for t in range(steps):
+                begin = s * steps
+                found[begin + t, begin : begin + t + 1] = self.row(s, t, kind).mean(-1)
+        return found
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A mixer's scan of one image.
+
+    Attributes:
+        paths: Its four paths.
+        height: H of the map.
+        width: W of the map.
+    """
+
+    paths: tuple[PathScan, ...]
+    height: int
+    width: int
+
+    def maps(self, query: tuple[int, int], kind: Kind) -> Tensor:
+        """The weights of all positions for a query.
+
+        Args:
+            query: Row and column in the map.
+            kind: One of `KINDS`.
+
+        Returns:
+            (4, H, W), the mean over channels, one map for each path. They are combined by summing.
+
+        Raises:
+            ValueError: If the query lies outside of the map or the kind is unknown.
+        """
+        return self.channel_maps(query, kind).mean(-1)
+
+    def channel_maps(self, query: tuple[int, int], kind: Kind) -> Tensor:
+        """As `maps`, with each channel's weights: (4, H, W, D), or (4, H, W, 1) for 'qk'."""
+        row, column = query
+        if not (0 <= row < self.height and 0 <= column < self.width):
+            raise ValueError(f"the query {query} lies outside of {self.height}x{self.width}.")
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
+        found = []
+        for path in self.paths:
+            sequence, step = path.find(row * self.width + column)
+            weights = path.row(sequence, step, kind)
+            flat = weights.new_zeros(self.height * self.width, weights.shape[-1])
+            flat[path.positions[sequence, : step + 1]] = weights
+            found.append(flat.unflatten(0, (self.height, self.width)))
+        return torch.stack(found)
+
+    def diagonals(self, kind: Kind) -> Tensor:
+        """Every position's own weight: (4, H, W), the mean over channels, for each path."""
+        found = []
+        for path in self.paths:
+            own = (path.Q * path.K).sum(-1)
+            if kind == "contribution":
+                own = own * path.dt.mean(-1)
+            flat = own.new_zeros(self.height * self.width)
+            flat[path.positions.flatten()] = own.flatten()
+            found.append(flat.unflatten(0, (self.height, self.width)))
+        return torch.stack(found)
+
+    def aligned(self, path: int, matrix: Tensor) -> Tensor:
+        """A path's attention matrix with rows and columns in row-major order of the map."""
+        taken = self.paths[path]
+        found = torch.zeros_like(matrix)
+        found[taken.outputs.flatten()[:, None], taken.positions.flatten()] = matrix
+        return found
+
+
+@torch.no_grad()
+def scan_of(mixer: SS2D | Mamba2Mixer, x: Tensor) -> Scan:
+    """Computes what a mixer scans.
+
+    Args:
+        mixer: The mixer.
+        x: What it is given, (B, H, W, C); the first image is taken.
+
+    Returns:
+        The scan.
+    """
+    x = mixer.in_proj(x[:1])
+    conv = mixer.conv2d
+    if isinstance(mixer, Mamba2Mixer):
+        x = convolve(None if conv is None else conv[1], mixer.act, x)
+        parts = _mamba2_paths(mixer, x[0].double())
+    else:
+        x = convolve(conv, mixer.act, x.chunk(2, dim=-1)[0] if mixer.gated else x)
+        parts = _cascade_paths(mixer, x) if mixer.scan == "cascade2d" else _paths(mixer, x[0])
+    return Scan(tuple(parts), *x.shape[1:3])
+
+
+def _paths(mixer: SS2D, x: Tensor) -> list[PathScan]:
+    return [_path(mixer, k, path, x) for k, path in enumerate(paths_of(mixer.scan))]
+
+
+def _cascade_paths(mixer: SS2D, x: Tensor) -> list[PathScan]:
+    inner = x.shape[-1:]
+    rows = F.layer_norm(x, inner)
+    columns = F.layer_norm(mixer._scan_lines(rows, slice(0, 2)), inner)
+    return [
+        _path(mixer, k, path, (columns if path.column_major else rows)[0])
+        for k, path in enumerate(paths_of(mixer.scan))
+    ]
+
+
+def _path(mixer: SS2D, k: int, path: Path, x: Tensor) -> PathScan:
+    positions = _positions(path, x)
+    sequences = x.double().flatten(0, 1)[positions]
+    projected = sequences @ mixer.x_proj_weight[k].double().mT
+    low_rank, B, C = projected.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
+    dt = low_rank @ mixer.dt_projs_weight[k].double().mT + mixer.dt_projs_bias[k].double()
+    A = -mixer._per_direction(mixer.A_logs)[k].double().exp()
+    turned = path.per_line and path.reverse
+    outputs = positions.flip(1) if turned else positions
+    return PathScan(path_name(path), positions, outputs, C, B, F.softplus(dt), A, sequences)
+
+
+def _mamba2_paths(mixer: Mamba2Mixer, x: Tensor) -> list[PathScan]:
+    found = []
+    for k, path in enumerate(paths_of("cross2d")):
+        positions = _positions(path, x)
+        sequences = x.flatten(0, 1)[positions]
+        projected = sequences @ mixer.x_proj_weight[k].double().mT
+        dt, B, C = projected.split([mixer.heads, mixer.d_state, mixer.d_state], dim=-1)
+        dt = F.softplus(dt + mixer.dt_projs_bias[k].double())
+        A = -mixer.A_logs[k].double().exp()[:, None]
+        found.append(PathScan(path_name(path), positions, positions, C, B, dt, A, sequences))
+    return found
+
+
+def _positions(path: Path, x: Tensor) -> Tensor:
+    return torch.from_numpy(path_positions(path, *x.shape[:2]).copy()).to(x.device)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A mixer of a model and what it was given for an image.
+
+    Attributes:
+        stage: The stage, from 1.
+        block: The block within it, from 1.
+        mixer: The mixer.
+        x: (1, H, W, C).
+    """
+
+    stage: int
+    block: int
+    mixer: SS2D | Mamba2Mixer
+    x: Tensor
+
+    def scan(self) -> Scan:
+        """What it scanned."""
+        return scan_of(self.mixer, self.x)
+
+
+@torch.no_grad()
+def capture(model: nn.Module, image: Tensor) -> list[Mixed]:
+    """Runs a model on an image and keeps what its mixers are given.
+
+    Args:
+        model: A module with a VMamba in it, in evaluation mode.
+        image: (3, H, W).
+
+    Returns:
+        The mixers, in the order in which they stand in the model.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    found: list[Mixed] = []
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, (SS2D, Mamba2Mixer)):
+            # ...layers.STAGE.blocks.BLOCK.op
+            *_, stage, _, block, _ = name.split(".")
+            place = int(stage) + 1, int(block) + 1
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda mixer, given, place=place: found.append(
+                        Mixed(*place, mixer, given[0][:1])
+                    )
+                )
+            )
+    if not hooks:
+        raise ValueError(
+            f"{type(model).__name__} has no selective scan to look at: activation maps are "
+            "VMamba's. Effective receptive fields (erf.py) compare it with others."
+        )
+    try:
+        model(image[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def arrays(scan: Scan, query: tuple[int, int], longest: int) -> dict[str, np.ndarray]:
+    """All that is drawn of a scan, for `np.savez`.
+
+    Args:
+        scan: The scan.
+        query: Row and column in the map.
+        longest: Attention matrices are left out where the map has more positions.
+
+    Returns:
+        'query', and for each kind 'map_KIND' and 'diagonal_KIND', (4, H, W), and
+        'matrix_KIND', (4, L, L), in the order of each path.
+    """
+    found = {"query": np.array(query)}
+    for kind in KINDS:
+        found[f"map_{kind}"] = scan.maps(query, kind).cpu().numpy()
+        found[f"diagonal_{kind}"] = scan.diagonals(kind).cpu().numpy()
+        if scan.height * scan.width <= longest:
+            matrices = [path.matrix(kind).cpu().numpy() for path in scan.paths]
+            found[f"matrix_{kind}"] = np.stack(matrices)
+    return found
+
+
+def draw_maps(image: np.ndarray, found: dict[str, np.ndarray], names: Sequence[str], title: str):
+    """Draws the maps for a query, combined and for each path (paper, figures 5 and 9).
+
+    Args:
+        image: (H, W, 3), from 0 to 1.
+        found: What `arrays` gave.
+        names: The paths' names.
+        title: A line above all.
+
+    Returns:
+        matplotlib's figure. Colours are magnitudes over the largest one of each map.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.5, 6.9), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(3, 6)
+    for axes, kind in zip(grid[:, 1], KINDS, strict=True):
+        axes.set_title(f"{TITLES[kind]}\nall paths", fontsize="small")
+    for row, kind in zip(grid, KINDS, strict=True):
+        _show_image(row[0], image, found)
+        maps = found[f"map_{kind}"]
+        for axes, values in zip(row[1:], (maps.sum(0), *maps), strict=True):
+            _show(axes, values, found)
+        for axes, name in zip(row[2:], names, strict=True):
+            axes.set_title(name, fontsize="small")
+    grid[0, 0].set_title("image and query", fontsize="small")
+    return figure
+
+
+def draw_matrices(
+    scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], title: str
+):
+    """Draws the attention matrices and their diagonals (paper, figure 8).
+
+    Args:
+        scan: The scan.
+        image: (H, W, 3), from 0 to 1.
+        found: What `arrays` gave, with matrices.
+        title: A line above all.
+
+    Returns:
+        matplotlib's figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 9.2), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(4, 4)
+    _show_image(grid[0, 0], image, found)
+    grid[0, 0].set_title("image and query", fontsize="small")
+    diagonals = ("qk", "contribution")
+    for axes, kind in zip(grid[0, 1:], diagonals, strict=False):
+        _show(axes, found[f"diagonal_{kind}"].sum(0), found)
+    grid[0, 1].set_title(
+        f"diagonals of {TITLES['qk']}\nand of {TITLES['weighted']}", fontsize="small"
+    )
+    grid[0, 2].set_title(f"diagonals of\n{TITLES['contribution']}", fontsize="small")
+    total = sum(
+        scan.aligned(k, torch.from_numpy(matrix)) for k, matrix in enumerate(found["matrix_weighted"])
+    )
+    _show(grid[0, 3], total.numpy())
+    grid[0, 3].set_title(f"{TITLES['weighted']}\nall paths, row-major", fontsize="small")
+    for k, path in enumerate(scan.paths):
+        qk, weighted = found["matrix_qk"][k], found["matrix_weighted"][k]
+        aligned = scan.aligned(k, torch.from_numpy(qk)).numpy()
+        for axes, values in zip(grid[1:, k], (qk, aligned, weighted), strict=True):
+            _show(axes, values)
+        grid[1, k].set_title(path.name, fontsize="small")
+    labels = (TITLES["qk"], f"{TITLES['qk']}, row-major", TITLES["weighted"])
+    for axes, label in zip(grid[1:, 0], labels, strict=True):
+        axes.set_ylabel(label, fontsize="small")
+    return figure
+
+
+def _show_image(axes, image: np.ndarray, found: dict[str, np.ndarray]) -> None:
+    axes.imshow(image)
+    height, width = found["map_qk"].shape[1:]
+    row, column = (found["query"] + 0.5) * (image.shape[0] / height, image.shape[1] / width)
+    axes.plot(column - 0.5, row - 0.5, "*", color="red", markeredgecolor="white", markersize=12)
+    _bare(axes)
+
+
+def _show(axes, values: np.ndarray, found: dict[str, np.ndarray] | None = None) -> None:
+    magnitude = np.abs(values)
+    axes.imshow(magnitude / max(magnitude.max(), np.finfo(float).tiny), vmin=0, vmax=1)
+    if found is not None:
+        row, column = found["query"]
+        axes.plot(column, row, "*", color="red", markeredgecolor="white", markersize=9)
+    _bare(axes)
+
+
+def _bare(axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])

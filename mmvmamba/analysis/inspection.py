@@ -1,0 +1,143 @@
+"""What is looked at: backbones with random or trained weights, and a user's own images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from mmvmamba.analysis.montage import SUFFIXES
+from mmvmamba.analysis.subjects import PEERS, find_subject
+from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.runner import load_strictly
+from mmvmamba.models import VMamba
+from mmvmamba.models.checkpoint import find_state_dict, read_checkpoint
+
+# Of ImageNet's colours, from 0 to 1: what the configs of all three tasks and timm's models take.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build_backbone(
+    name: str,
+    size: tuple[int, int],
+    checkpoint: str | None = None,
+    seed: int = 0,
+    overrides: Mapping[str, object] | None = None,
+) -> nn.Module:
+    """Makes a backbone in evaluation mode.
+
+    Args:
+        name: As `find_subject` takes it.
+        size: Height and width of the images in pixels, for models that are made for one size.
+        checkpoint: The weights, of the backbone or of a whole model; None for random ones.
+        seed: Of random weights.
+        overrides: Settings that replace those of a config.
+
+    Raises:
+        ValueError: If there is no such model.
+        UsageError: If there is no such config.
+        CheckpointError: If the weights cannot be read or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = find_subject(name, backbone_only=True, overrides=overrides).build(size)
+    if checkpoint is None:
+        return model.eval()
+    if isinstance(model, VMamba):
+        model.load_pretrained(checkpoint)
+        return model.eval()
+    _, state = find_state_dict(read_checkpoint(checkpoint), checkpoint)
+    if type(model).__module__.startswith("timm."):
+        return _timm_backbone(name, size, state, checkpoint).eval()
+    prefix = "backbone."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    load_strictly(model, own or state, checkpoint)
+    return model.eval()
+
+
+def _timm_backbone(name: str, size: tuple[int, int], state: dict, source: str) -> nn.Module:
+    """A model of timm with a classifier's weights.
+
+    They are loaded before timm takes the classifier apart, which renames the parameters.
+    """
+    import timm
+
+    _, target = PEERS.get(name, ("timm", name))
+    config = timm.get_pretrained_cfg(target)
+    kind = {"img_size": size} if getattr(config, "fixed_input_size", False) else {}
+    try:
+        return timm.create_model(
+            target,
+            features_only=True,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": state, "file": None, "url": None},
+            **kind,
+        )
+    except RuntimeError as error:
+        raise UsageError(f"{source} does not fit timm's {target}: {error}") from error
+
+
+def find_images(paths: Sequence[str | Path], limit: int | None = None) -> list[Path]:
+    """The picture files that paths name, folders searched with their sub-folders.
+
+    Args:
+        paths: Files and folders.
+        limit: How many are wanted at most.
+
+    Raises:
+        UsageError: If a path does not exist or there is no picture.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"no image or folder {path} (working directory: {Path.cwd()}).")
+    if not found:
+        raise UsageError(f"no picture ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}.")
+    return found[:limit]
+
+
+def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+    """Reads a picture, scaled to fill a size and cut to it around the centre.
+
+    Args:
+        path: The file.
+        size: Height and width in pixels.
+
+    Returns:
+        (3, H, W), normalised as the models take it.
+
+    Raises:
+        UsageError: If it is no picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    wide, high = (max(round(side * scale), least) for side, least in
+                  ((picture.width, width), (picture.height, height)))
+    left, top = (wide - width) // 2, (high - height) // 2
+    picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
+    picture = picture.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def shown(image: Tensor) -> np.ndarray:
+    """A normalised image (3, H, W) as matplotlib draws it, (H, W, 3) from 0 to 1."""
+    pixels = image.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def save_figure(figure, file: str | Path) -> None:
+    """Writes a figure of matplotlib; its folder is made if need be."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)

@@ -1,0 +1,88 @@
+"""What the metafiles say agrees with the configs and with the code."""
+
+import pytest
+import yaml
+from mmengine.config import Config
+from zoo import CONFIGS, PROJECT, load
+
+from mmvmamba.analysis.flops import build_structure
+from mmvmamba.models import VMamba
+
+METAFILES = sorted((PROJECT / "configs").rglob("metafile.yml"))
+ENTRIES = [entry for path in METAFILES for entry in yaml.safe_load(path.read_text())["Models"]]
+SAMPLES = PROJECT / "configs/sample"
+RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
+
+WEIGHTS = Config.fromfile(PROJECT / "configs/_base_/weights.py").vmamba_weights
+
+by_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["Name"])
+
+
+def test_the_index_lists_every_metafile():
+    index = yaml.safe_load((PROJECT / "model-index.yml").read_text())["Import"]
+    assert sorted(index) == [str(path.relative_to(PROJECT)) for path in METAFILES]
+    assert all((path.parent / "README.md").is_file() for path in METAFILES)
+
+
+def test_every_config_stands_in_one_metafile_and_every_entry_has_its_config():
+    configs = [path for path in CONFIGS if not path.is_relative_to(SAMPLES)]
+    assert len(configs) >= 90
+    assert sorted(entry["Config"] for entry in ENTRIES) == sorted(
+        str(path.relative_to(PROJECT)) for path in configs
+    )
+
+
+@by_entry
+def test_an_entry_agrees_with_its_config(entry):
+    about = entry["Metadata"]
+    path = PROJECT / entry["Config"]
+    cfg = load(path)
+    assert path.stem == entry["Name"]
+    assert entry["In Collection"] == "VMamba"
+    assert about.get("Epochs") == cfg.train_cfg.get("max_epochs")
+    assert about.get("Iterations") == cfg.train_cfg.get("max_iters")
+    assert about["Batch Size"] == cfg.auto_scale_lr.base_batch_size
+    if isinstance(cfg.model.backbone.arch, str):
+        assert cfg.model.backbone.arch in VMamba.arch_settings
+    parameters = sum(p.numel() for p in build_structure(cfg).parameters())
+    assert about["Parameters"] == parameters
+
+
+@by_entry
+def test_an_entry_says_where_its_results_and_weights_come_from(entry):
+    for result in entry.get("Results", ()):
+        assert result["Source"].startswith(("arXiv 2401.10166v3, table ", "official repository"))
+    assert entry.get("Weights", RELEASES).startswith(RELEASES)
+    if "FLOPs" in entry["Metadata"]:
+        assert "FLOPs Input" in entry["Metadata"]
+
+
+@by_entry
+def test_a_name_tells_the_architecture(entry):
+    backbone = load(PROJECT / entry["Config"]).model.backbone
+    if isinstance(backbone.arch, str) and "d-state" not in entry["Name"]:
+        # The ablation of table 13 is named for what it is: s1l5, made from s2l5.
+        arch = "tiny-s1l5" if backbone.get("ssm_ratio") == 1.0 else backbone.arch
+        assert f"vmamba-{arch}" in entry["Name"]
+
+
+@by_entry
+def test_backbones_start_from_the_weights_of_their_architecture(entry):
+    backbone = load(PROJECT / entry["Config"]).model.backbone
+    if backbone.get("init_cfg"):
+        expected = {"type": "Pretrained", "checkpoint": WEIGHTS[key(backbone.arch)]}
+        assert backbone.init_cfg == expected
+
+
+def test_classifiers_and_their_weights_fit():
+    for entry in ENTRIES:
+        cfg = load(PROJECT / entry["Config"])
+        if cfg.default_scope == "mmpretrain" and "Weights" in entry:
+            assert entry["Weights"] == WEIGHTS[key(cfg.model.backbone.arch)]
+    (family,) = [path for path in METAFILES if path.parent.name == "vmamba"]
+    named = [entry.get("Weights") for entry in yaml.safe_load(family.read_text())["Models"]]
+    assert sorted(filter(None, named)) == sorted(WEIGHTS.values())
+
+
+def key(arch):
+    return arch.replace("-", "_")

@@ -1,0 +1,169 @@
+"""What the tests of the configs share: the configs, small versions of their models, and batches."""
+
+import functools
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+from mmvmamba.models import VMamba
+from mmvmamba.registry import MODELS
+
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(p for p in (PROJECT / "configs").rglob("*.py") if "_base_" not in p.parts)
+SIZE = 64
+WIDTH = 16
+
+# What makes upstream's heads heavy, and how much of it is enough to run every line of them.
+LIMITS = {
+    "num_layers": 1,
+    "num_queries": 20,
+    "num_dn_queries": 10,
+    "num_points": 256,
+    "nms_pre": 100,
+    "max_per_img": 20,
+    "num": 16,
+}
+
+
+@functools.cache
+def _loaded(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def load(path: Path) -> Config:
+    """A config of the zoo, the caller's own copy."""
+    return deepcopy(_loaded(path))
+
+
+def shrink(cfg: Config) -> Config:
+    """Makes a config's model small enough for a training step in a second on one core.
+
+    The backbone keeps its arch but for the size: one block per stage, never dropped, and 16
+    channels in the first stage. Necks and heads are told of the new channels and are otherwise the
+    config's own, with fewer layers, queries and samples where there are many (`LIMITS`). Nothing is
+    downloaded.
+    """
+    backbone = cfg.model.backbone
+    arch = VMamba.find_arch(backbone.arch)
+    dims = [WIDTH * 2**i for i in range(len(arch.dims))]
+    channels = dict(zip(arch.dims, dims, strict=True))
+    backbone.arch = dict(vars(arch) | {"dims": dims, "depths": (1,) * len(dims)})
+    backbone.drop_path_rate = 0.0
+    backbone.init_cfg = None
+
+    def adapt(part: ConfigDict) -> None:
+        found = part.get("in_channels")
+        if found is not None:
+            many = isinstance(found, list | tuple)
+            part.in_channels = [channels[c] for c in found] if many else channels[found]
+
+    # The first part that has them receives the backbone's maps.
+    for name in ("neck", "head", "decode_head", "auxiliary_head"):
+        if cfg.model.get(name):
+            adapt(cfg.model[name])
+            if name == "neck":
+                break
+    if cfg.model.get("data_preprocessor", {}).get("size"):
+        # Segmentors pad to their crop.
+        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+    _limit(cfg.model)
+    return cfg
+
+
+def _limit(node) -> None:
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(value, dict | list):
+            _limit(value)
+        elif key in LIMITS and isinstance(value, int):
+            node[key] = min(value, LIMITS[key])
+
+
+def build(cfg: Config) -> nn.Module:
+    """Builds a config's model, with plain batch norms where SyncBN would need a GPU."""
+    init_default_scope(cfg.default_scope)
+    if "data_preprocessor" in cfg:
+        # As mmengine's Runner does.
+        cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(cfg.model | {"_scope_": cfg.default_scope}))
+
+
+def on_the_cpu(optim_wrapper: ConfigDict) -> ConfigDict:
+    """Settings of the same optimizer that run here and update in every step.
+
+    mmengine's mixed precision needs an accelerator.
+    """
+    if optim_wrapper.get("type") == "AmpOptimWrapper":
+        optim_wrapper.type = "OptimWrapper"
+        for key in ("dtype", "loss_scale"):
+            optim_wrapper.pop(key, None)
+    optim_wrapper.pop("accumulative_counts", None)
+    return optim_wrapper
+
+
+def plain(settings):
+    """Settings as plain data: tuples as lists, without the scopes that mmengine writes."""
+    if isinstance(settings, Config | dict):
+        return {key: plain(value) for key, value in settings.items() if key != "_scope_"}
+    return [plain(one) for one in settings] if isinstance(settings, list | tuple) else settings
+
+
+def batch(cfg: Config) -> dict:
+    """Two random images with the annotations that the config's task needs."""
+    images = [torch.randint(0, 256, (3, SIZE, SIZE), dtype=torch.uint8) for _ in range(2)]
+    make_sample = SAMPLES[cfg.default_scope]
+    if cfg.default_scope == "mmpretrain":
+        # Its loader stacks the images.
+        images = torch.stack(images)
+    return {"inputs": images, "data_samples": [make_sample(cfg.model) for _ in range(2)]}
+
+
+def _metainfo() -> dict:
+    shapes = ("img_shape", "ori_shape", "pad_shape", "batch_input_shape")
+    return dict.fromkeys(shapes, (SIZE, SIZE)) | {"scale_factor": (1.0, 1.0)}
+
+
+def _detection_sample(_):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [10.0, 10.0, 60.0, 30.0]])
+    masks = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    sample = DetDataSample(metainfo=_metainfo())
+    sample.gt_instances = InstanceData(
+        bboxes=boxes,
+        labels=torch.tensor([0, 1]),
+        masks=BitmapMasks(masks.numpy(), SIZE, SIZE),
+    )
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
+    return sample
+
+
+def _segmentation_sample(model):
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=_metainfo())
+    classes = model.decode_head.num_classes
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, SIZE, SIZE)))
+    return sample
+
+
+def _classification_sample(model):
+    from mmpretrain.structures import DataSample
+
+    classes = model.head.num_classes
+    return DataSample(metainfo=_metainfo() | {"num_classes": classes}).set_gt_label(1)
+
+
+SAMPLES = {
+    "mmdet": _detection_sample,
+    "mmseg": _segmentation_sample,
+    "mmpretrain": _classification_sample,
+}
