@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mmvmamba.compat import mend_inductor_strides
 from mmvmamba.engine.launch import prepare_launch
-from mmvmamba.models import VMamba
 from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
@@ -66,9 +65,11 @@ class StrictRunner(Runner):
         """Compiles the backbone, if the config says `compile=True` or `compile=dict(...)`.
 
         mmengine would compile the whole step, in which data pre-processors, losses and samplers
-        break the graph and every number of boxes compiles it anew. The backbone is one graph for
-        all sizes. A dict holds `torch.compile`'s options, and with `target` among them the named
-        method of the model is compiled as upstream does.
+        break the graph and every number of boxes compiles it anew. The backbone is one graph; in
+        training PyTorch 2.11 compiles it anew for each size, up to its limit of eight, and runs
+        further sizes as they are, so it pays for crops of one size. A dict holds `torch.compile`'s
+        options, and with `target` among them the named method of the model is compiled as upstream
+        does.
         """
         options = self.cfg.get("compile") or False
         model = self.model
@@ -83,12 +84,10 @@ class StrictRunner(Runner):
             return
         mend_inductor_strides()
         options = {} if options is True else dict(options)
-        if isinstance(backbone, VMamba):
-            options.setdefault("fullgraph", True)
         backbone.compile(**options)
         self.logger.info(
             f"{type(backbone).__name__} goes through torch.compile({options}): the first "
-            "iterations take minutes, and once more when the image size first changes."
+            "iterations of every image size take minutes."
         )
 
     def load_checkpoint(
@@ -122,7 +121,7 @@ class StrictRunner(Runner):
                 "training, and cannot be resumed from. To start a new training from its weights: "
                 f"--cfg-options load_from={filename}"
             )
-        checkpoint["state_dict"] = _weights(checkpoint, filename)
+        checkpoint["state_dict"] = model_weights(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         ignore = () if self._resume else self.cfg.get("load_ignore") or ()
         loaded = load_strictly(self.model, checkpoint["state_dict"], filename, ignore)
@@ -147,14 +146,14 @@ class StrictRunner(Runner):
         super()._init_model_weights()
         model.init_cfg = configured
         for cfg in pretrained:
-            state = _weights(read_checkpoint(cfg["checkpoint"]), cfg["checkpoint"])
+            state = model_weights(read_checkpoint(cfg["checkpoint"]), cfg["checkpoint"])
             prefix = f"{cfg['prefix'].rstrip('.')}." if cfg.get("prefix") else ""
             state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
             load_strictly(model, state, cfg["checkpoint"], self.cfg.get("load_ignore") or ())
 
 
-def _weights(checkpoint: dict, source: str) -> dict[str, Tensor]:
-    """The state dict of a file's content, under our keys."""
+def model_weights(checkpoint: dict, source: str) -> dict[str, Tensor]:
+    """The state dict of a checkpoint's content, under our keys."""
     _, state = find_state_dict(checkpoint, source)
     return classifier_from_official(state) if is_official_classifier(state) else state
 

@@ -44,9 +44,11 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on the last dimension of (B, H, W, C), by the fastest way the device has."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and _MKL_AND_ONEDNN:
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and _MKL_AND_ONEDNN
+    if on_cpu and not torch.compiler.is_compiling():
         # The same product. Matrix products go to MKL, which keeps to AVX2 on AMD's CPUs;
-        # convolutions go to oneDNN, which takes the widest vectors of any.
+        # convolutions go to oneDNN, which takes the widest vectors of any. Compilers choose
+        # themselves, and would tie a graph to the batch sizes that oneDNN tells apart.
         x = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
         return x.permute(0, 2, 3, 1)
     return F.linear(x, weight, bias)
