@@ -79,6 +79,11 @@ def register_backend(op: str, backend: Backend) -> None:
     _registry[op].append(backend)
 
 
+def operators() -> tuple[str, ...]:
+    """Names of the operators that have backends to choose from."""
+    return tuple(_registry)
+
+
 def available_backends(op: str | None = None) -> tuple[str, ...]:
     """Names of an operator's backends in order of preference, or of all backends of all operators.
 
@@ -119,7 +124,7 @@ def pin(op: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
     Raises:
         BackendError: As :func:`resolve`.
     """
-    choice, deliberate, _ = _choose(op, AUTO, Problem(device, dtype, states, work=0))
+    choice, deliberate, _ = choose(op, AUTO, Problem(device, dtype, states, work=0))
     return choice.name if deliberate else f"{AUTO}:{choice.name}"
 
 
@@ -157,14 +162,21 @@ def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> Mod
         BackendError: If a backend was named, by argument or environment, that does not exist or
             cannot run the problem. It is never replaced by another one.
     """
-    choice, deliberate, reasons = _choose(op, backend, problem)
+    choice, deliberate, reasons = choose(op, backend, problem)
     if choice.slow and not deliberate and not quiet:
         _warn_if_it_matters(op, choice, problem, reasons)
     return choice.load()
 
 
-def _choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, list[str]]:
-    """The backend, whether it was asked for by name, and why those preferred to it cannot run."""
+def choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, list[str]]:
+    """The choice that :func:`resolve` makes, with its reasons.
+
+    Returns:
+        The backend, whether it was asked for by name, and why those preferred to it cannot run.
+
+    Raises:
+        BackendError: As :func:`resolve`.
+    """
     asked_by = "backend="
     if backend == AUTO:
         default = os.environ.get(ENVIRONMENT_VARIABLE, "")

@@ -214,7 +214,11 @@ def test_layer_norm_compiles(architecture, channels, monkeypatch, tmp_path):
     )
     triton_impl.backward(total, out, total, statistics, scale, weight, weight, torch.bfloat16)
     triton_impl.forward(branch, None, None, weight, weight, 1e-5, torch.bfloat16)
-    assert len(launches) == 3
+    parts = branch.expand(4, *branch.shape)
+    for save in (False, True):
+        narrow = torch.bfloat16
+        triton_impl.normalise_sum(parts, weight, weight, 1e-5, narrow, narrow, save)
+    assert len(launches) == 5
     resources = compile_all(launches, architecture, tmp_path)
     assert all(r.stack <= SPILL for r in resources), resources
 

@@ -157,7 +157,7 @@ def _blocks(channels: int) -> dict[str, int]:
     return {
         "BLOCK_R": max(1, _TILE // block),
         "BLOCK_C": block,
-        "num_warps": 4 if block <= 2 * _TILE else 8,
+        "num_warps": 4 if block <= _TILE else 8,
     }
 
 
