@@ -169,8 +169,11 @@ class Scan:
     def aligned(self, path: int, matrix: Tensor) -> Tensor:
         """A path's attention matrix with rows and columns in row-major order of the map."""
         taken = self.paths[path]
+        outputs, positions = (
+            place.flatten().to(matrix.device) for place in (taken.outputs, taken.positions)
+        )
         found = torch.zeros_like(matrix)
-        found[taken.outputs.flatten()[:, None], taken.positions.flatten()] = matrix
+        found[outputs[:, None], positions] = matrix
         return found
 
 
@@ -216,7 +219,8 @@ def _path(mixer: SS2D, k: int, path: Path, x: Tensor) -> PathScan:
     projected = sequences @ mixer.x_proj_weight[k].double().mT
     low_rank, B, C = projected.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
     dt = low_rank @ mixer.dt_projs_weight[k].double().mT + mixer.dt_projs_bias[k].double()
-    A = -mixer._per_direction(mixer.A_logs)[k].double().exp()
+    # In the precision in which the mixer computes it.
+    A = mixer._per_direction(-mixer.A_logs.float().exp())[k].double()
     turned = path.per_line and path.reverse
     outputs = positions.flip(1) if turned else positions
     return PathScan(path_name(path), positions, outputs, C, B, F.softplus(dt), A, sequences)
@@ -230,7 +234,7 @@ def _mamba2_paths(mixer: Mamba2Mixer, x: Tensor) -> list[PathScan]:
         projected = sequences @ mixer.x_proj_weight[k].double().mT
         dt, B, C = projected.split([mixer.heads, mixer.d_state, mixer.d_state], dim=-1)
         dt = F.softplus(dt + mixer.dt_projs_bias[k].double())
-        A = -mixer.A_logs[k].double().exp()[:, None]
+        A = -mixer.A_logs[k].float().exp().double()[:, None]
         found.append(PathScan(path_name(path), positions, positions, C, B, dt, A, sequences))
     return found
 
@@ -311,14 +315,14 @@ def arrays(scan: Scan, query: tuple[int, int], longest: int) -> dict[str, np.nda
 
     Returns:
         'query', and for each kind 'map_KIND' and 'diagonal_KIND', (4, H, W), and
-        'matrix_KIND', (4, L, L), in the order of each path.
+        'matrix_KIND', (4, L, L), in float32 and in the order of each path.
     """
     found = {"query": np.array(query)}
     for kind in KINDS:
         found[f"map_{kind}"] = scan.maps(query, kind).cpu().numpy()
         found[f"diagonal_{kind}"] = scan.diagonals(kind).cpu().numpy()
         if scan.height * scan.width <= longest:
-            matrices = [path.matrix(kind).cpu().numpy() for path in scan.paths]
+            matrices = [path.matrix(kind).float().cpu().numpy() for path in scan.paths]
             found[f"matrix_{kind}"] = np.stack(matrices)
     return found
 
@@ -353,9 +357,7 @@ def draw_maps(image: np.ndarray, found: dict[str, np.ndarray], names: Sequence[s
     return figure
 
 
-def draw_matrices(
-    scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], title: str
-):
+def draw_matrices(scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], title: str):
     """Draws the attention matrices and their diagonals (paper, figure 8).
 
     Args:
@@ -382,7 +384,8 @@ def draw_matrices(
     )
     grid[0, 2].set_title(f"diagonals of\n{TITLES['contribution']}", fontsize="small")
     total = sum(
-        scan.aligned(k, torch.from_numpy(matrix)) for k, matrix in enumerate(found["matrix_weighted"])
+        scan.aligned(k, torch.from_numpy(matrix))
+        for k, matrix in enumerate(found["matrix_weighted"])
     )
     _show(grid[0, 3], total.numpy())
     grid[0, 3].set_title(f"{TITLES['weighted']}\nall paths, row-major", fontsize="small")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.model import BaseModule
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
@@ -13,7 +14,12 @@ from mmvmamba.analysis.subjects import PEERS, find_subject
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly
 from mmvmamba.models import VMamba
-from mmvmamba.models.checkpoint import find_state_dict, read_checkpoint
+from mmvmamba.models.checkpoint import (
+    CheckpointError,
+    find_state_dict,
+    read_checkpoint,
+    split_pretrained,
+)
 
 # Of ImageNet's colours, from 0 to 1: what the configs of all three tasks and timm's models take.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,18 +49,28 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = find_subject(name, backbone_only=True, overrides=overrides).build(size)
-    if checkpoint is None:
-        return model.eval()
+        if isinstance(model, BaseModule):
+            # As in training, but for what would come from a file.
+            model.init_cfg = split_pretrained(model.init_cfg)[1] or None
+            model.init_weights()
+    if checkpoint is not None:
+        model = _load(model, name, size, checkpoint)
+    # Upstream's backbones return nothing here.
+    model.eval()
+    return model
+
+
+def _load(model: nn.Module, name: str, size: tuple[int, int], checkpoint: str) -> nn.Module:
     if isinstance(model, VMamba):
         model.load_pretrained(checkpoint)
-        return model.eval()
+        return model
     _, state = find_state_dict(read_checkpoint(checkpoint), checkpoint)
     if type(model).__module__.startswith("timm."):
-        return _timm_backbone(name, size, state, checkpoint).eval()
+        return _timm_backbone(name, size, state, checkpoint)
     prefix = "backbone."
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     load_strictly(model, own or state, checkpoint)
-    return model.eval()
+    return model
 
 
 def _timm_backbone(name: str, size: tuple[int, int], state: dict, source: str) -> nn.Module:
@@ -67,6 +83,16 @@ def _timm_backbone(name: str, size: tuple[int, int], state: dict, source: str) -
     _, target = PEERS.get(name, ("timm", name))
     config = timm.get_pretrained_cfg(target)
     kind = {"img_size": size} if getattr(config, "fixed_input_size", False) else {}
+    # timm itself says nothing of parameters that a file lacks.
+    with torch.device("meta"):
+        expected = timm.create_model(target, num_classes=0, **kind).state_dict()
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{source} does not fit timm's {target}, whose keys it must have: "
+            f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''} "
+            f"({len(missing)} of {len(expected)}) are missing."
+        )
     try:
         return timm.create_model(
             target,
@@ -76,7 +102,7 @@ def _timm_backbone(name: str, size: tuple[int, int], state: dict, source: str) -
             **kind,
         )
     except RuntimeError as error:
-        raise UsageError(f"{source} does not fit timm's {target}: {error}") from error
+        raise CheckpointError(f"{source} does not fit timm's {target}: {error}") from error
 
 
 def find_images(paths: Sequence[str | Path], limit: int | None = None) -> list[Path]:
@@ -122,8 +148,10 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
         raise UsageError(f"{path} cannot be read as a picture: {error}") from error
     height, width = size
     scale = max(height / picture.height, width / picture.width)
-    wide, high = (max(round(side * scale), least) for side, least in
-                  ((picture.width, width), (picture.height, height)))
+    wide, high = (
+        max(round(side * scale), least)
+        for side, least in ((picture.width, width), (picture.height, height))
+    )
     left, top = (wide - width) // 2, (high - height) // 2
     picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
     picture = picture.crop((left, top, left + width, top + height))

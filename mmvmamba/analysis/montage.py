@@ -1,4 +1,4 @@
-"""Puts the pictures that a test run wrote side by side into one."""
+"""Tiles pictures into one."""
 
 from __future__ import annotations
 
@@ -12,31 +12,6 @@ from PIL import Image
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def newest_pictures(folder: str | os.PathLike, limit: int) -> list[Path]:
-    """Find the pictures of the latest test run under a folder.
-
-    `tools/test.py --show-dir` puts them into a sub-folder named after the time of the run.
-
-    Args:
-        folder: searched with all its sub-folders.
-        limit: how many pictures are wanted.
-
-    Returns:
-        The first `limit` pictures, by name, of the folder that was written last.
-
-    Raises:
-        FileNotFoundError: there is no picture under `folder`.
-    """
-    found = [path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES]
-    if not found:
-        raise FileNotFoundError(
-            f"no picture ({', '.join(SUFFIXES)}) under {folder}; let a test run write some: "
-            "tools/test.py CONFIG CHECKPOINT --show-dir FOLDER"
-        )
-    latest = max(found, key=lambda path: path.stat().st_mtime).parent
-    return sorted(path for path in found if path.parent == latest)[:limit]
-
-
 def draw_montage(
     pictures: Sequence[str | os.PathLike],
     out_file: str | os.PathLike,
@@ -48,8 +23,7 @@ def draw_montage(
     """Tile pictures into one, with a caption row.
 
     Args:
-        pictures: files, each of them as many equal parts side by side as there are `headings`:
-            OpenMMLab's visualization hooks write the ground truth left of the prediction.
+        pictures: files, each of them as many equal parts side by side as there are `headings`.
         out_file: the PNG to write; its folder is made if need be.
         columns: pictures per row.
         title: a line above all.
