@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
@@ -49,8 +50,8 @@ MODEL = {
     "arch": {"dims": 16, "depths": (1, 1), "d_state": 1, "ssm_ratio": 1.0, "mlp_ratio": 2.0},
     "out_indices": (0, 1),
 }
-# Largest errors against the reference backend, relative to the largest value. In bfloat16 the
-# backends round in other places, so that single roundings (2**-8) differ.
+# Largest relative errors of outputs and of gradients, as vectors, against the reference backend. In
+# bfloat16 the backends round in other places, so that single roundings (2**-8) differ.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 PLAIN_BACKEND = "export MMVMAMBA_KERNELS_BACKEND=reference"
 
@@ -81,15 +82,16 @@ def examine() -> Iterator[Finding]:
     Yields:
         The findings, in the order in which they are to be mended.
     """
+    # Groups of checks and packages that others need.
     failed: set[str] = set()
     for group, needs, check in (
         ("packages", set(), check_packages),
-        ("torch", set(), check_torch),
-        ("mmengine", set(), lambda: _check_import("mmengine", "mmengine.runner", "mmengine")),
-        ("mmcv", {"torch", "mmengine"}, check_mmcv),
+        ("torch", {"torch"}, check_torch),
+        ("mmengine", {"torch", "mmengine"}, lambda: _check_import("mmengine", "mmengine.runner")),
+        ("mmcv", {"torch", "mmengine", "mmcv"}, check_mmcv),
         ("tasks", {"torch", "mmengine", "mmcv"}, check_tasks),
         ("kernels", {"torch"}, check_kernels),
-        ("configs", {"mmengine"}, check_configs),
+        ("configs", {"mmengine", "setuptools"}, check_configs),
         ("model", {"torch", "mmengine", "kernels"}, check_model),
     ):
         missing = sorted(needs & failed)
@@ -99,7 +101,7 @@ def examine() -> Iterator[Finding]:
             continue
         for finding in check():
             if finding.status == "error":
-                failed.add(group)
+                failed |= {group, finding.check}
             yield finding
 
 
@@ -125,12 +127,16 @@ def check_packages() -> Iterator[Finding]:
             yield Finding(name, "ok", f"{found} ({window})")
         elif name in TASKS:
             yield Finding(name, "skipped", "not installed", "needed for its own task only", command)
+        elif find_spec(name) is not None:
+            yield Finding(name, "ok", "under another name")
         else:
-            yield Finding(name, "ok", "not installed, or under another name")
+            yield Finding(name, "error", "not installed", f"mmvmamba needs {window}", command)
     for name, (window, command, lost) in compat.ADVISED.items():
         found = compat.installed_version(name)
-        if found is None or window.contains(found, prereleases=True):
-            yield Finding(name, "ok", f"{found or 'not installed'} ({window})")
+        if found is None:
+            yield Finding(name, "error", "not installed", f"mmvmamba needs {name}", command)
+        elif window.contains(found, prereleases=True):
+            yield Finding(name, "ok", f"{found} ({window})")
         else:
             problem = f"{name} {found} is not {window}: {lost}"
             yield Finding(name, "warning", found, problem, command)
@@ -195,6 +201,8 @@ def check_mmcv() -> Iterator[Finding]:
     _, command = compat.STACK["mmcv"]
     # pip would otherwise keep what is there, or take the wheel that it built last time.
     command += " --force-reinstall --no-deps --no-cache-dir"
+    if compat.installed_version("mmcv-lite"):
+        command = f"pip uninstall -y mmcv-lite && {command}"
     try:
         importlib.import_module("mmcv._ext")
         from mmcv.ops import nms
@@ -220,10 +228,10 @@ def check_tasks() -> Iterator[Finding]:
     """Imports what each task's package brings, for those that are installed."""
     for name, module in TASKS.items():
         if compat.installed_version(name) is not None and compat.stack_problem(name) is None:
-            yield from _check_import(name, module, name)
+            yield from _check_import(name, module)
 
 
-def _check_import(name: str, module: str, _: str) -> Iterator[Finding]:
+def _check_import(name: str, module: str) -> Iterator[Finding]:
     failure = _import(module)
     if failure:
         yield Finding(f"import {name}", "error", "", *failure)
@@ -265,9 +273,13 @@ def _install_command(module: str) -> str:
 
 def check_kernels() -> Iterator[Finding]:
     """Says which backend each operator takes on each device, and why not a preferred one."""
+    # It registers the operators.
+    failure = _import("mmvmamba_kernels")
+    if failure:
+        yield Finding("import mmvmamba_kernels", "error", "", failure[0], _reinstall_command())
+        return
     import torch
 
-    import mmvmamba_kernels  # noqa: F401 (registers the operators)
     from mmvmamba_kernels import dispatch, extension
 
     reason = extension.load("cpu")
@@ -299,12 +311,7 @@ def check_kernels() -> Iterator[Finding]:
 def check_configs() -> Iterator[Finding]:
     """Resolves `mmvmamba::` names and builds the backbone by its registered name."""
     compat.register_config_scope()
-    folder = Path(__file__).resolve().parent
-    checkout = folder.parent
-    if (checkout / "pyproject.toml").is_file():
-        command = f"pip install --no-build-isolation --no-deps -e {checkout}"
-    else:
-        command = "pip install --force-reinstall --no-deps mmvmamba"
+    folder, command = Path(__file__).resolve().parent, _reinstall_command()
     if not (folder / ".mim" / "configs").is_dir():
         problem = f"{folder / '.mim' / 'configs'} is not there"
         yield Finding("config scope mmvmamba::", "error", "", problem, command)
@@ -328,6 +335,13 @@ def check_configs() -> Iterator[Finding]:
             yield Finding("config scope mmvmamba::", "ok", f"{CONFIGS[name]}: {backbone}")
 
 
+def _reinstall_command() -> str:
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install --no-build-isolation --no-deps -e {checkout}"
+    return "pip install --force-reinstall --no-deps mmvmamba"
+
+
 def check_model() -> Iterator[Finding]:
     """Runs a tiny model forward and backward, and compares it with the reference backend."""
     import torch
@@ -337,8 +351,7 @@ def check_model() -> Iterator[Finding]:
         torch.manual_seed(0)
         model = MODELS.build(MODEL)
     except (*BROKEN, KeyError) as error:
-        command = "pip install --force-reinstall --no-deps mmvmamba"
-        yield Finding("registry", "error", "", _first_line(error), command)
+        yield Finding("registry", "error", "", _first_line(error), _reinstall_command())
         return
     yield Finding("registry", "ok", f"{MODEL['type']} builds: {type(model).__name__}")
     for device in _devices():
@@ -348,6 +361,7 @@ def check_model() -> Iterator[Finding]:
 
 def _check_step(model, device: str, dtype: str) -> Finding:
     import torch
+
     from mmvmamba_kernels.dispatch import ENVIRONMENT_VARIABLE
     from mmvmamba_kernels.extension import build_command
 
@@ -362,12 +376,9 @@ def _check_step(model, device: str, dtype: str) -> Finding:
                 expected = _step(model, device, getattr(torch, dtype))
     except BROKEN as error:
         return Finding(check, "error", "", _first_line(error), command)
-    if not all(tensor.isfinite().all() for tensor in actual):
+    if not all(part.isfinite().all() for part in actual):
         return Finding(check, "error", "", "results are not finite", command)
-    error = max(
-        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-        for a, b in zip(actual, expected, strict=True)
-    )
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(actual, expected, strict=True))
     if error > TOLERANCES[dtype]:
         problem = f"differs from the reference by {error:.1e}, allowed is {TOLERANCES[dtype]:.0e}"
         return Finding(check, "error", f"backend {asked or 'chosen'}", problem, command)
@@ -375,10 +386,11 @@ def _check_step(model, device: str, dtype: str) -> Finding:
 
 
 def _step(model, device: str, dtype) -> list:
-    """Outputs and gradients of one step, in float32 on the CPU."""
+    """All outputs and all gradients of one step, each as a vector in float32 on the CPU."""
     import torch
 
-    model = model.to(device)
+    # No stochastic depth, which two steps would draw differently.
+    model = model.to(device).eval()
     images = torch.randn(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
     images = images.to(device).requires_grad_()
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
@@ -386,7 +398,10 @@ def _step(model, device: str, dtype) -> list:
     loss = sum(output.float().square().mean() for output in outputs)
     inputs = [images, *model.parameters()]
     gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
-    return [tensor.detach().float().cpu() for tensor in (*outputs, *gradients)]
+    return [
+        torch.cat([tensor.detach().float().cpu().flatten() for tensor in tensors])
+        for tensors in (outputs, gradients)
+    ]
 
 
 @contextlib.contextmanager
@@ -421,15 +436,15 @@ def report(findings: Sequence[Finding], console: Console) -> None:
     for finding in findings:
         style = STYLES[finding.status]
         text = "; ".join(filter(None, (finding.found, finding.problem)))
-        table.add_row(finding.check, f"[{style}]{finding.status}[/]", text)
+        table.add_row(finding.check, f"[{style}]{finding.status}[/]", escape(text))
     console.print(table)
     for status in ("error", "warning"):
         for finding in findings:
             if finding.status == status:
                 # A command that is wrapped cannot be copied.
                 console.print(
-                    f"[{STYLES[status]}]{status}[/]: {finding.check}: {finding.problem}",
-                    f"\n    {finding.command}",
+                    f"[{STYLES[status]}]{status}[/]: {finding.check}: {escape(finding.problem)}\n"
+                    f"    {escape(finding.command)}",
                     soft_wrap=True,
                     highlight=False,
                 )

@@ -63,10 +63,11 @@ checkpoint=$WORK/$(<"$WORK/trained")
 
 printf '== 4/5 evaluation on images that were not trained on (about 1 min)\n'
 logged test 'Epoch\(test\)|bbox_mAP:|segm_mAP:' \
-    bash tools/dist_test.sh "$CONFIG" "$checkpoint" 1 --work-dir "$WORK/test" --show-dir "$WORK/test/pictures"
+    bash tools/dist_test.sh "$CONFIG" "$checkpoint" 1 --work-dir "$WORK/test"
 
 printf '== 5/5 picture\n'
-python tools/analysis_tools/show_predictions.py "$WORK/test/pictures" "$PICTURE"
+logged picture '^all of them' python tools/analysis_tools/visualize.py "$CONFIG" "$checkpoint" --num 12 \
+    --out-dir "$WORK/pictures" --sheet "$PICTURE"
 
 map() { sed -nE "s/.*coco\/$1_mAP: ([-0-9.]+) .*/\1/p" "$LOGS/test.log" | tail -n 1; }
 bbox=$(map bbox) segm=$(map segm)

@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mmengine
@@ -77,7 +77,6 @@ def parse_train_arguments(arguments: list[str] | None = None) -> argparse.Namesp
     parser = argparse.ArgumentParser(
         description="Train a detector, a segmentor or a classifier; the config says which."
     )
-    parser.add_argument("config", help=CONFIG_HELP)
     _add_common_arguments(parser)
     parser.add_argument(
         "--resume",
@@ -102,9 +101,8 @@ def parse_test_arguments(arguments: list[str] | None = None) -> argparse.Namespa
     parser = argparse.ArgumentParser(
         description="Evaluate a detector, a segmentor or a classifier; the config says which."
     )
-    parser.add_argument("config", help=CONFIG_HELP)
-    parser.add_argument("checkpoint", help="a checkpoint file or URL")
     _add_common_arguments(parser)
+    parser.add_argument("checkpoint", help="a checkpoint file or URL")
     parser.add_argument(
         "--out",
         help="write the predictions to this .pkl file (segmentation: or to this folder, as PNG)",
@@ -118,10 +116,9 @@ def parse_test_arguments(arguments: list[str] | None = None) -> argparse.Namespa
     return _parse(parser, arguments)
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--work-dir", help="folder for logs and checkpoints; ./work_dirs/CONFIG by default"
-    )
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a config, and what `load_config_and_data` takes beside it."""
+    parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument("--data-root", help="where the data set is, if not where the config says")
     parser.add_argument(
         "--cfg-options",
@@ -130,6 +127,13 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default={},
         metavar="KEY=VALUE",
         help='override settings of the config; lists as key="[a,b]", without spaces',
+    )
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--work-dir", help="folder for logs and checkpoints; ./work_dirs/CONFIG by default"
     )
     parser.add_argument(
         "--launcher", choices=LAUNCHERS, default="none", help="who starts processes"
@@ -224,17 +228,24 @@ def test_config(options: argparse.Namespace) -> Config:
 test_config.__test__ = False
 
 
-def _common_config(options: argparse.Namespace) -> Config:
-    cfg = load_config(options.config)
+def load_config_and_data(
+    name: str, overrides: Mapping[str, object] | None = None, data_root: str | None = None
+) -> Config:
+    """Loads a config whose data sets are to be read.
+
+    Args:
+        name: As `load_config` takes it.
+        overrides: Settings that replace the config's.
+        data_root: Where the data set is, if not where the config says.
+
+    Raises:
+        UsageError: If there is no such config, or it does not say its task.
+    """
+    cfg = load_config(name)
     scope_of(cfg)
-    overrides = dict(options.cfg_options or {})
-    data_root = overrides.pop("data_root", options.data_root)
+    overrides = dict(overrides or {})
+    data_root = overrides.pop("data_root", data_root)
     cfg.merge_from_dict(overrides)
-    cfg.launcher = options.launcher
-    if options.work_dir:
-        cfg.work_dir = options.work_dir
-    elif not cfg.get("work_dir"):
-        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename).stem)
     if data_root:
         set_data_root(cfg, data_root)
     else:
@@ -242,6 +253,16 @@ def _common_config(options: argparse.Namespace) -> Config:
         if found:
             _add_notice(cfg, f"data found at {found}.")
     set_loader_defaults(cfg)
+    return cfg
+
+
+def _common_config(options: argparse.Namespace) -> Config:
+    cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
+    cfg.launcher = options.launcher
+    if options.work_dir:
+        cfg.work_dir = options.work_dir
+    elif not cfg.get("work_dir"):
+        cfg.work_dir = str(Path("work_dirs") / Path(cfg.filename).stem)
     return cfg
 
 

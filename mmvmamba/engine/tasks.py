@@ -66,7 +66,7 @@ def enable_tta(cfg: Config) -> None:
             "add: --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox "
             "\"load_ignore=['roi_head.mask_head']\""
         )
-    dataset = _innermost(cfg.test_dataloader.dataset)
+    dataset = innermost_dataset(cfg.test_dataloader.dataset)
     if "tta_model" not in cfg:
         if scope == "mmdet":
             nms = {"type": "nms", "iou_threshold": 0.5}
@@ -90,7 +90,8 @@ def enable_tta(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
-def _innermost(dataset: ConfigDict) -> ConfigDict:
+def innermost_dataset(dataset: ConfigDict) -> ConfigDict:
+    """The config of the data set inside wrappers (RepeatDataset, ...)."""
     while "dataset" in dataset:
         dataset = dataset.dataset
     return dataset
