@@ -1,7 +1,8 @@
 """What current versions of the stack need beside mmengine 0.10: a check and two registrations.
 
-Nothing here replaces or patches a function of another package. The packages are imported where they
-are used, so that the check can speak of one that is missing.
+Nothing here replaces a function of another package, but for `mend_inductor_strides`, which the
+runner calls where a config says `compile=`. The packages are imported where they are used, so that
+the check can speak of one that is missing.
 """
 
 import sys
@@ -13,7 +14,8 @@ from packaging.specifiers import SpecifierSet
 # Distribution -> (versions that work together, how to get one). mmdet 3.3 and mmseg 1.2 refuse
 # mmcv >= 2.2 (open-mmlab/mmcv#3096); a newer mmengine breaks `package::config` inheritance.
 STACK = {
-    "torch": (SpecifierSet(">=2.6"), 'pip install "torch>=2.6"'),
+    # 2.6 comes with Triton 3.2, which cannot compile the scan.
+    "torch": (SpecifierSet(">=2.7"), 'pip install "torch>=2.7"'),
     # mmengine reads `package::config` names through pkg_resources.
     "setuptools": (SpecifierSet("<82"), 'pip install "setuptools<82"'),
     "mmengine": (SpecifierSet(">=0.10.5,<0.11"), 'pip install "mmengine>=0.10.5,<0.11"'),

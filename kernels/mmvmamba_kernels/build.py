@@ -229,7 +229,7 @@ def find_nvcc() -> str:
     nvcc = next((path for path in map(shutil.which, candidates) if path), None)
     advice = (
         f"Install the CUDA toolkit {wanted.split('.')[0]} and set CUDA_HOME to its folder, or use "
-        "the 'triton' backend, which needs no compiler."
+        "the 'triton' backend, which needs no toolkit."
     )
     if nvcc is None:
         looked = f"no bin/nvcc in CUDA_HOME={home}" if home else "found no nvcc"

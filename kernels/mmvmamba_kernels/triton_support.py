@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,6 +22,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _c_compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 def can_run(problem: Problem) -> str | None:
     """None if the Triton kernels can run the problem, else the reason why not."""
     if problem.device.type not in DEVICES and not interpreting():
@@ -29,6 +36,10 @@ def can_run(problem: Problem) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch's GPU builds bring it, or: pip install triton"
+    if torch.__version__ < (2, 7):
+        return "the kernels need Triton 3.3, which comes with PyTorch 2.7"
+    if problem.device.type in DEVICES and not interpreting() and not _c_compiler():
+        return "Triton builds its launchers with a C compiler: install gcc, or set CC"
     if problem.states > MAX_STATES:
         return (
             f"Triton kernels hold at most {MAX_STATES} states per channel, A has {problem.states}"

@@ -131,9 +131,11 @@ def _check_name(name: str) -> None:
             f"{name!r} is no arch of VMamba ({', '.join(archs)}), and for models of {library} that "
             f"package is not installed: pip install {library}"
         )
+    if name in PEERS:
+        return
     import timm
 
-    if name in PEERS or timm.is_model(name):
+    if timm.is_model(name):
         return
     known = (*archs, *PEERS, *timm.list_models())
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=3)

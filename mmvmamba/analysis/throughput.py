@@ -8,10 +8,12 @@ channels-last memory format for all models or for none; dropout and stochastic d
 
 import dataclasses
 import gc
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -22,7 +24,19 @@ from mmvmamba.analysis.subjects import Subject, number_of_parameters, silence
 ROUNDS = 5
 
 # What a model may raise that does not fit a case, on its way through PyTorch.
-FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    # The compilers behind Triton and Inductor.
+    subprocess.CalledProcessError,
+)
+if find_spec("triton"):
+    from triton.errors import TritonError
+
+    FAILURES = (*FAILURES, TritonError)
 
 
 @dataclass(frozen=True)

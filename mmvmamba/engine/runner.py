@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmvmamba.compat import mend_inductor_strides
+from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.launch import prepare_launch
 from mmvmamba.models.checkpoint import (
     CheckpointError,
@@ -19,6 +20,7 @@ from mmvmamba.models.checkpoint import (
     read_checkpoint,
     split_pretrained,
 )
+from mmvmamba.models.layers import BatchNorm
 
 # What mmengine's checkpoints hold beside the weights and a training cannot go on without.
 RESUME_ENTRIES = ("meta", "message_hub", "optimizer")
@@ -39,6 +41,11 @@ class StrictRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wraps the model for data parallelism, with what the CPU needs where it runs there."""
+        if self.cfg.get("sync_bn") and any(isinstance(m, BatchNorm) for m in model.modules()):
+            raise UsageError(
+                "sync_bn would replace VMamba's batch norms, which are channels-last, by ones that "
+                "are not: leave sync_bn out of the config, or use norm='ln'."
+            )
         if not self.distributed or get_device() != "cpu":
             return super().wrap_model(model_wrapper_cfg, model)
         if self.cfg.get("sync_bn") or any(
@@ -68,15 +75,14 @@ class StrictRunner(Runner):
         break the graph and every number of boxes compiles it anew. The backbone is one graph; in
         training PyTorch 2.11 compiles it anew for each size, up to its limit of eight, and runs
         further sizes as they are, so it pays for crops of one size. A dict holds `torch.compile`'s
-        options, and with `target` among them the named method of the model is compiled as upstream
-        does.
+        options.
         """
-        options = self.cfg.get("compile") or False
+        options = self.cfg.get("compile")
         model = self.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         backbone = getattr(model, "backbone", None)
-        if backbone is None or not options or (options is not True and "target" in options):
+        if backbone is None or options is None or options is False:
             super()._maybe_compile(target)
             return
         if backbone._compiled_call_impl is not None:

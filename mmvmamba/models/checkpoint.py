@@ -5,6 +5,7 @@ prefixes, and gives files from before its release (all of vanilla VMamba's) the 
 Every load reports what became of each key and refuses what it cannot place.
 """
 
+import os
 import pickle
 import re
 import struct
@@ -17,7 +18,7 @@ from typing import Literal
 from urllib.parse import urlparse
 
 import torch
-from mmengine.dist import barrier, get_local_rank
+from mmengine.dist import barrier
 from mmengine.model.weight_init import PretrainedInit
 from torch import Tensor, nn
 
@@ -175,7 +176,8 @@ def _download(address: str) -> Path:
             "file and give its path."
         )
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(parts.path).name
-    if get_local_rank() == 0 and not path.is_file():
+    # Every launcher sets it. mmengine's get_local_rank needs a group that mmengine never makes.
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(address, str(path))

@@ -70,7 +70,7 @@ class KeepsFloat32(nn.Module):
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
             if id(tensor) in kept and converted.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(converted.device)
+                return tensor.to(converted.device, torch.float32)
             return converted
 
         return super()._apply(convert, recurse)
@@ -233,7 +233,8 @@ class LinearOfGelu(torch.autograd.Function):
     """`F.linear(F.gelu(x), weight, bias)` that keeps `x` alone for the backward pass.
 
     The activation's output, the largest map of a block, is computed again there: one pass over
-    memory against a fifth of what training holds. Compilers do that by themselves.
+    memory against a fifth of what training holds. Compilers do that by themselves. Differentiable
+    once.
     """
 
     @staticmethod
@@ -275,6 +276,9 @@ class Mlp(nn.Module):
         if (
             self.act == "gelu"
             and not self.drop.p
+            # What stands in for the layer (LoRA, say), or watches it, must be called.
+            and type(self.fc2) is Linear
+            and not (self.fc2._forward_hooks or self.fc2._forward_pre_hooks)
             and x.is_cuda
             and x.requires_grad
             and not torch.compiler.is_compiling()

@@ -7,6 +7,7 @@ import torch
 from tiny import TASKS, command_line, scalars
 
 from mmvmamba.engine import cli
+from mmvmamba.engine.errors import UsageError
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -30,3 +31,27 @@ def test_a_compiled_training(name, project, sample_data, tmp_path, monkeypatch):
     assert all(math.isfinite(loss) for loss in losses)
     keys = torch.load(tmp_path / task.last, weights_only=True)["state_dict"]
     assert "backbone.patch_embed.0.weight" in keys
+
+
+@pytest.mark.parametrize("value", [{}, True, {"backend": "eager"}])
+def test_only_the_backbone_is_compiled(value, project, sample_data, tmp_path, monkeypatch):
+    """Without running what was compiled."""
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options))
+    )
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not the whole step"))
+    runner = build_runner(project, sample_data, tmp_path)
+    runner.cfg.compile = value
+    runner._maybe_compile("train_step")
+    assert compiled == [(runner.model.backbone, {} if value is True else value)]
+
+
+def test_sync_bn_is_refused_for_channels_last_norms(project, sample_data, tmp_path):
+    with pytest.raises(UsageError, match="leave sync_bn out"):
+        build_runner(project, sample_data, tmp_path, "model.backbone.norm=bn", "sync_bn=torch")
+
+
+def build_runner(project, sample_data, tmp_path, *options):
+    arguments = command_line(TASKS["mmpretrain"], project, sample_data, tmp_path)
+    return cli.build_runner(cli.train_config(cli.parse_train_arguments([*arguments, *options])))

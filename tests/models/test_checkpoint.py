@@ -3,7 +3,9 @@
 import collections
 import functools
 import http.server
+import os
 import pickle
+import subprocess
 import sys
 import threading
 import types
@@ -491,3 +493,29 @@ def test_official_pretrained_argument_outlasts_the_parents_initialisation(tmp_pa
     parent.backbone = MM_VSSM(**data.kwargs, pretrained=str(path))
     parent.init_weights()
     assert_loaded(parent.backbone, data.backbone_weights)
+
+
+def test_two_processes_fetch_once_and_both_load(server, state, tmp_path):
+    """As under torchrun: one process of a machine fetches, the other waits for it."""
+    folder, address = server
+    torch.save({"model": state}, folder / "weights.pth")
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from mmvmamba.engine.launch import prepare_launch\n"
+        "from mmvmamba.models.checkpoint import read_checkpoint\n"
+        "prepare_launch('pytorch', None)\n"
+        "sys.stdout.write(f\"keys {len(read_checkpoint(sys.argv[1])['model'])}\\n\")\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), f"{address}/weights.pth"],
+        env={**os.environ, "TORCH_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"keys {len(state)}") == 2
+    assert list((tmp_path / "home").rglob("weights.pth"))

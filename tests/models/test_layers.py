@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmvmamba.models import layers
 
@@ -74,3 +75,21 @@ def test_linear_of_gelu_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layers.LinearOfGelu.apply(x, weight, bias)
     assert [t.data_ptr() for t in saved] == [x.data_ptr(), weight.data_ptr()]
+
+
+@pytest.mark.parametrize("stand_in", ["hook", "module"])
+def test_what_stands_in_for_the_last_layer_is_called(stand_in):
+    """On a GPU in training, where the MLP has a function of its own; tensors have no contents."""
+    with FakeTensorMode(), torch.device("cuda"):
+        mlp = layers.Mlp(8, 16, "gelu")
+        calls = []
+        if stand_in == "hook":
+            mlp.fc2.register_forward_hook(lambda *_: calls.append(1))
+        else:
+            mlp.fc2 = torch.nn.Sequential(mlp.fc2)
+            mlp.fc2.register_forward_hook(lambda *_: calls.append(1))
+        x = torch.empty(1, 2, 2, 8, requires_grad=True)
+        y = mlp(x)
+        assert y.shape == x.shape
+        assert calls == [1]
+        assert type(layers.Mlp(8, 16, "gelu")(x).grad_fn).__name__.startswith("LinearOf")

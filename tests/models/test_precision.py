@@ -94,6 +94,7 @@ def test_sensitive_parameters_stay_float32(dtype):
         if kept:
             assert torch.equal(parameter, exact[name]), name
     assert all(t.dtype == torch.float64 for t in model.double().parameters())
+    assert {t.dtype for t in model.to(dtype).parameters()} == {torch.float32, dtype}
     assert next(model.to("meta").parameters()).device.type == "meta"
 
 

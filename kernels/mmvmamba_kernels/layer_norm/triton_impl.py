@@ -30,7 +30,7 @@ _SIZES = ("rows", "sample_rows", "programs")
 @triton.jit
 def _rows(pid, rows, BLOCK_R: tl.constexpr):
     """This block's rows, and which of them exist."""
-    row = pid * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+    row = tl.cast(pid, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     return row, row < rows
 
 

@@ -64,7 +64,6 @@ struct ScanParams {
   const void* proj;  // (B * P, K, low_rank + 2N)
   Dtype proj_dtype;
   int proj_stride;  // From a position to the next.
-  int proj_bytes;   // From a position to the next.
   const T* weight;  // (K, R, D)
   const T* bias;    // (K, D)
   const T* A;       // (K, N, D)
