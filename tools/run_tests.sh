@@ -15,5 +15,5 @@ hide_unusable_gpu
 bash tools/lint.sh
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-printf -- '-- tests (about 6 min on two cores)\n'
+printf -- '-- tests (about 22 min on two cores)\n'
 exec python -m pytest -o console_output_style=times --durations=15 "$@"

@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch import distributed
 
 import mmvmamba
 from mmvmamba.compat import StackError
@@ -315,6 +316,9 @@ def run_command(command: Callable[[], None]) -> None:
     """Runs a command so that its user's mistakes end it with one message and exit code 1."""
     try:
         command()
+        if distributed.is_initialized():
+            # Threads of a group that is still there when Python ends may abort the process.
+            distributed.destroy_process_group()
     except (UsageError, CheckpointError, StackError) as error:
         if os.environ.get("RANK", "0") != "0":
             # The first process says it for all: where they share the fault, the launcher ends

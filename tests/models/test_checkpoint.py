@@ -506,6 +506,7 @@ def test_two_processes_fetch_once_and_both_load(server, state, tmp_path):
         "from mmvmamba.models.checkpoint import read_checkpoint\n"
         "prepare_launch('pytorch', None)\n"
         "sys.stdout.write(f\"keys {len(read_checkpoint(sys.argv[1])['model'])}\\n\")\n"
+        "torch.distributed.destroy_process_group()\n"
     )
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = subprocess.run(
