@@ -24,7 +24,8 @@ project_python() {
     fi
 }
 
-# run_distributed N SCRIPT ARGUMENTS...: N processes of a Python script on this machine.
+# run_distributed N SCRIPT ARGUMENTS...: N processes of a Python script on this machine. When one of
+# them dies, all are started again, up to MAX_RESTARTS times.
 run_distributed() {
     local processes=$1 python place
     shift
@@ -42,7 +43,7 @@ run_distributed() {
     "$python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("mmvmamba"))' ||
         exec "$python" "$1" --help
     exec "$python" -m mmvmamba.engine.launch "${place[@]}" --nproc_per_node="$processes" \
-        "$@" --launcher pytorch
+        --max_restarts="${MAX_RESTARTS:-0}" "$@" --launcher pytorch
 }
 
 # run_on_slurm SCRIPT ARGUMENTS...: one process per GPU (per task) of the current Slurm request.

@@ -74,7 +74,7 @@ class Operator:
         self._forward_op.register_fake(self._forward_fake)
         self._backward_op.register_fake(self._backward_fake)
         self._forward_op.register_autograd(self._autograd, setup_context=self._setup_context)
-        self._backward_op.register_autograd(self._double_backward)
+        refuse_second_derivative(self._backward_op, name)
         overloads = getattr(torch.ops, NAMESPACE)
         register_flop_formula(getattr(overloads, name))(self._forward_flops)
         register_flop_formula(getattr(overloads, f"{name}_backward"))(self._backward_flops)
@@ -156,12 +156,6 @@ class Operator:
         grads = self._backward_op(grad_out, carries, *tensors, *ctx.options)
         return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *rest)
 
-    def _double_backward(self, _ctx, *_grads) -> None:
-        raise RuntimeError(
-            f"{self.name} is differentiable once: its backward pass has no gradient. Call "
-            "backward() or autograd.grad() without create_graph=True."
-        )
-
     def _forward_flops(self, *shapes, **_) -> int:
         return self._flops(self._named(shapes[: len(self._names)]))
 
@@ -173,6 +167,23 @@ class Operator:
     def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
         # As PyTorch's own formulas count a backward pass.
         return 2 * self._forward_flops(*shapes)
+
+
+def refuse_second_derivative(backward_op: torch.library.CustomOpDef, name: str) -> None:
+    """Makes differentiating a backward pass an error that names the public function.
+
+    Args:
+        backward_op: The operator of the backward pass.
+        name: The public function's name.
+    """
+
+    def refuse(_ctx, *_grads) -> None:
+        raise RuntimeError(
+            f"{name} is differentiable once: its backward pass has no gradient. Call "
+            "backward() or autograd.grad() without create_graph=True."
+        )
+
+    backward_op.register_autograd(refuse)
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager:

@@ -8,7 +8,6 @@ on tensors without values, so that a detector at 1280x800 takes neither memory n
 """
 
 import dataclasses
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mmvmamba_kernels  # noqa: F401 (registers the scans' formulas)
-from mmvmamba.analysis.subjects import build_classifier
+from mmvmamba.analysis.subjects import PlainModel, build_classifier
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.registry import MODELS
@@ -114,7 +113,10 @@ def count_config(cfg: Config, shape: tuple[int, int] | None = None) -> Complexit
         )
 
     def call(model: nn.Module, images: Tensor) -> None:
-        _forward(scope, model, images)
+        if scope == "mmdet":
+            _skip_what_depends_on_values(model)
+        # Not called as a module, which would stand in the report.
+        PlainModel(scope, model).forward(images)
 
     return _count(_builder(cfg), call, shape or PAPER_SHAPES[scope])
 
@@ -268,30 +270,6 @@ def _pretend_to_be_on_the_cpu(model: nn.Module) -> None:
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     fakes[tensor] = fake
                 tensors[name] = fakes[tensor]
-
-
-def _forward(scope: str, model: nn.Module, images: Tensor) -> None:
-    """Runs a model of one of the three packages without pre- and post-processing."""
-    if scope == "mmpretrain":
-        model(images, mode="tensor")
-        return
-    height_width = tuple(images.shape[-2:])
-    keys = ("img_shape", "ori_shape", "pad_shape", "batch_input_shape")
-    metainfo = dict.fromkeys(keys, height_width) | {"scale_factor": (1.0, 1.0), "img_id": 0}
-    if scope == "mmdet":
-        from mmdet.structures import DetDataSample
-
-        _skip_what_depends_on_values(model)
-        model(images, [DetDataSample(metainfo=metainfo)], mode="tensor")
-        return
-    from mmseg.structures import SegDataSample
-
-    samples = [SegDataSample(metainfo=metainfo)]
-    if "batch_data_samples" in inspect.signature(model.decode_head.forward).parameters:
-        # mmseg does not hand the samples on to heads that come from mmdet.
-        model.decode_head(model.extract_feat(images), samples)
-    else:
-        model(images, samples, mode="tensor")
 
 
 def _skip_what_depends_on_values(detector: nn.Module) -> None:

@@ -12,6 +12,7 @@ import mmengine
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import distributed
@@ -121,13 +122,26 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a config, and what `load_config_and_data` takes beside it."""
     parser.add_argument("config", help=CONFIG_HELP)
     parser.add_argument("--data-root", help="where the data set is, if not where the config says")
+    add_cfg_options(parser)
+
+
+def add_cfg_options(
+    parser: argparse.ArgumentParser, name: str = "--cfg-options", what: str = "the config"
+) -> None:
+    """Adds mmengine's overrides of settings, an empty dict by default.
+
+    Args:
+        parser: The parser.
+        name: The option.
+        what: What is overridden, for the help.
+    """
     parser.add_argument(
-        "--cfg-options",
+        name,
         nargs="+",
         action=DictAction,
         default={},
         metavar="KEY=VALUE",
-        help='override settings of the config; lists as key="[a,b]", without spaces',
+        help=f'override settings of {what}; lists as key="[a,b]", without spaces',
     )
 
 
@@ -312,8 +326,15 @@ def test(options: argparse.Namespace) -> dict:
 test.__test__ = False
 
 
-def run_command(command: Callable[[], None]) -> None:
-    """Runs a command so that its user's mistakes end it with one message and exit code 1."""
+def run_command(command: Callable[[], None], quiet: bool = False) -> None:
+    """Runs a command so that its user's mistakes end it with one message and exit code 1.
+
+    Args:
+        command: The command.
+        quiet: Leave out what models say of themselves as they are built.
+    """
+    if quiet:
+        MMLogger.get_current_instance().setLevel("WARNING")
     try:
         command()
         if distributed.is_initialized():

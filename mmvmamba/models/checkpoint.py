@@ -306,15 +306,6 @@ def name_from_official_classifier(key: str) -> str | None:
     return f"head.{name}" if part == "classifier" else f"backbone.{key}"
 
 
-def classifier_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the state dict of our `ImageClassifier` configs to the official layout.
-
-    Raises:
-        CheckpointError: If a key belongs to neither the backbone nor the head.
-    """
-    return {name_to_official_classifier(key): value for key, value in state.items()}
-
-
 def name_to_official_classifier(key: str) -> str:
     """The official name of one of the parameters of our `ImageClassifier` configs.
 

@@ -1,8 +1,5 @@
 """Activation maps are the scan's own derivatives, at any length, and drawn where they belong."""
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -202,26 +199,11 @@ def test_what_is_drawn_is_the_maps():
 
 
 @pytest.fixture
-def run_tool(project, monkeypatch, tmp_path, capsys):
-    """Runs the command line in this process; gives its exit status and errors."""
-    path = project / "tools/analysis_tools/activation_maps.py"
-    spec = importlib.util.spec_from_file_location("activation_maps_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
+def run_tool(analysis_tool, tmp_path):
+    """Runs the command line beside a picture; gives its exit status and output."""
     noise = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "image.png")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["activation_maps.py", "--device", "cpu", *arguments])
-        try:
-            tool.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, capsys.readouterr().out
-
-    return run
+    return analysis_tool("activation_maps")
 
 
 CONFIGS = [

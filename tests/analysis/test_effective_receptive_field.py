@@ -1,7 +1,6 @@
 """Effective receptive fields: of layers whose fields are known, measured and drawn."""
 
 import importlib.util
-import sys
 
 import numpy as np
 import pytest
@@ -185,25 +184,9 @@ def test_fields_are_drawn_in_rows_and_columns():
 
 
 @pytest.fixture
-def run_tool(project, monkeypatch, tmp_path, capsys):
-    """Runs the command line in this process; gives its exit status and output."""
-    path = project / "tools/analysis_tools/erf.py"
-    spec = importlib.util.spec_from_file_location("erf_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["erf.py", "--device", "cpu", *arguments])
-        try:
-            tool.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, capsys.readouterr().out
-
-    return run
+def run_tool(analysis_tool):
+    """Runs the command line; gives its exit status and output."""
+    return analysis_tool("erf", columns=200)
 
 
 def test_command_line(run_tool, tmp_path):

@@ -1,8 +1,6 @@
 """Scan patterns: drawn in the order of the oracle, and compared on the same terms."""
 
 import csv
-import importlib.util
-import sys
 
 import numpy as np
 import pytest
@@ -110,25 +108,9 @@ def test_other_backbones_are_refused():
 
 
 @pytest.fixture
-def run_tool(project, monkeypatch, tmp_path, capsys):
-    """Runs the command line in this process; gives its exit status and output."""
-    path = project / "tools/analysis_tools/scan_patterns.py"
-    spec = importlib.util.spec_from_file_location("scan_patterns_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["scan_patterns.py", "--device", "cpu", *arguments])
-        try:
-            tool.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, capsys.readouterr().out
-
-    return run
+def run_tool(analysis_tool):
+    """Runs the command line; gives its exit status and output."""
+    return analysis_tool("scan_patterns", columns=120)
 
 
 def test_the_picture_from_the_command_line(run_tool, tmp_path):

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from comparison import compare, doubled
 
 from mmvmamba_kernels import build, extension, selective_scan, selective_scan_2d
 from mmvmamba_kernels.dispatch import BackendError
@@ -57,21 +58,6 @@ def library():
     extension.load.cache_clear()
     assert extension.load() is None
     return path
-
-
-def doubled(args):
-    return {name: t.detach().double().requires_grad_() for name, t in args.items()}
-
-
-def compare(function, oracle, args, tolerance):
-    """Check output and all gradients against the float64 loop on the same values."""
-    expected = output_and_gradients(oracle, doubled(args))
-    actual = output_and_gradients(function, args)
-    for name, t in args.items():
-        assert actual[name].dtype == t.dtype
-        assert actual[name].shape == t.shape
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
 
 
 def compare_2d(args, pattern, tolerance):

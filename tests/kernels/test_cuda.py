@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparison import compare, doubled
 
 from mmvmamba_kernels import (
     BackendError,
@@ -137,21 +138,6 @@ def multiprocessors(request):
     set_device(request.param)
     yield request.param
     set_device(1)
-
-
-def doubled(args):
-    return {name: t.detach().double().requires_grad_() for name, t in args.items()}
-
-
-def compare(function, oracle, args, tolerance):
-    """Check output and all gradients against the float64 loop on the same values."""
-    expected = output_and_gradients(oracle, doubled(args))
-    actual = output_and_gradients(function, args)
-    for name, t in args.items():
-        assert actual[name].dtype == t.dtype
-        assert actual[name].shape == t.shape
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
 
 
 def compare_2d(args, pattern, tolerance):

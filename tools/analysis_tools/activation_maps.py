@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import track
 
@@ -20,7 +18,7 @@ from mmvmamba.analysis.inspection import (
     save_figure,
     shown,
 )
-from mmvmamba.engine.cli import run_command
+from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
 
@@ -58,14 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    add_cfg_options(parser)
     options = parser.parse_args(arguments)
     if len(options.size) > 2 or min(options.size) < 1:
         parser.error("--size takes a height and a width, or one number for both")
@@ -121,9 +112,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: show(options))
+    run_command(lambda: show(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
 
@@ -30,7 +28,7 @@ from mmvmamba.analysis.reports import (
 )
 from mmvmamba.analysis.subjects import PEERS, Subject, find_subject
 from mmvmamba.analysis.throughput import ROUNDS, Result, measure_case
-from mmvmamba.engine.cli import run_command
+from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
 MODELS = ("tiny", "swin-tiny", "convnext-tiny")
@@ -121,14 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "<!-- end SECTION -->",
     )
     parser.add_argument("--section", default="measured", help="(default: measured)")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="override settings of the configs",
-    )
+    add_cfg_options(parser)
     options = parser.parse_args(arguments)
     if min(options.rounds, 1 if options.batch is None else options.batch) < 1:
         parser.error("--rounds and --batch must be at least 1")
@@ -243,9 +234,7 @@ def report(options: argparse.Namespace, results, tables, about: dict[str, str]) 
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: benchmark(options))
+    run_command(lambda: benchmark(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import mmengine
 import numpy as np
-from mmengine.logging import MMLogger
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -60,8 +59,7 @@ def browse(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: browse(options))
+    run_command(lambda: browse(options), quiet=True)
 
 
 if __name__ == "__main__":

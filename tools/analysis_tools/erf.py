@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,7 +20,7 @@ from mmvmamba.analysis.effective_receptive_field import (
 from mmvmamba.analysis.inspection import build_backbone, find_images, read_image, save_figure
 from mmvmamba.analysis.reports import Table
 from mmvmamba.analysis.subjects import random_images
-from mmvmamba.engine.cli import run_command
+from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
 BEFORE, AFTER = "before training", "after training"
@@ -72,14 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="override settings of the configs",
-    )
+    add_cfg_options(parser)
     options = parser.parse_args(arguments)
     if len(options.size) > 2 or min(*options.size, options.num, options.seeds) < 1:
         parser.error("--size, --num and --seeds take positive numbers, --size one or two")
@@ -171,9 +162,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: show(options))
+    run_command(lambda: show(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ import argparse
 import json
 from pathlib import Path
 
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from mmvmamba.analysis.flops import Complexity, count_classifier, count_config, plot_flops
-from mmvmamba.engine.cli import load_config, run_command
+from mmvmamba.engine.cli import add_cfg_options, load_config, run_command
 from mmvmamba.engine.errors import UsageError
 
 MODEL_HELP = (
@@ -45,14 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--plot", type=Path, help="draw FLOPs over --sizes into this picture")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="override settings of the configs",
-    )
+    add_cfg_options(parser)
     options = parser.parse_args()
     if options.shape and len(options.shape) > 2:
         parser.error("--shape takes a height and a width, or one number for both")
@@ -148,9 +139,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: show(options))
+    run_command(lambda: show(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 
 from mmvmamba.analysis.inspection import save_figure
 from mmvmamba.analysis.passes import PRECISIONS
 from mmvmamba.analysis.scale_up import SIZES, Study, draw_study, run_study, study_table
-from mmvmamba.engine.cli import run_command
+from mmvmamba.engine.cli import add_cfg_options, run_command
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,15 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    for name, what in (("--cfg-options", "the config"), ("--tuning-options", "the tuning alone")):
-        parser.add_argument(
-            name,
-            nargs="+",
-            action=DictAction,
-            default={},
-            metavar="KEY=VALUE",
-            help=f"override settings of {what}",
-        )
+    add_cfg_options(parser)
+    add_cfg_options(parser, "--tuning-options", "the tuning alone")
     options = parser.parse_args(arguments)
     if min(*options.sizes, *(options.batch or (1,))) < 1:
         parser.error("--sizes and --batch take positive numbers")
@@ -88,9 +79,7 @@ def scale_up(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: scale_up(options))
+    run_command(lambda: scale_up(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import Progress
 
@@ -125,9 +124,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: (compare if options.compare else draw)(options))
+    run_command(lambda: (compare if options.compare else draw)(options), quiet=True)
 
 
 if __name__ == "__main__":

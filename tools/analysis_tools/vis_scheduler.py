@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import MMLogger
 from rich.console import Console
 
 from mmvmamba.analysis.curves import plot, scheduled
@@ -57,8 +56,7 @@ def draw(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: draw(options))
+    run_command(lambda: draw(options), quiet=True)
 
 
 if __name__ == "__main__":

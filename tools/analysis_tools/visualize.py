@@ -7,7 +7,6 @@ from pathlib import Path
 import mmengine
 import numpy as np
 import torch
-from mmengine.logging import MMLogger
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -72,9 +71,7 @@ def visualize(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: visualize(options))
+    run_command(lambda: visualize(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
-from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from mmvmamba import __version__
 from mmvmamba.analysis.flops import build_structure
-from mmvmamba.engine.cli import CONFIG_HELP, load_config, run_command
+from mmvmamba.engine.cli import CONFIG_HELP, add_cfg_options, load_config, run_command
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly
 from mmvmamba.engine.tasks import scope_of
@@ -41,14 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         "--report", type=Path, help="write what became of every key to this CSV file"
     )
     parser.add_argument("--force", action="store_true", help="overwrite the target")
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        default={},
-        metavar="KEY=VALUE",
-        help="override settings of the config",
-    )
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -143,9 +134,7 @@ def show(result: Conversion, rows: list[dict[str, str]], target: Path) -> None:
 
 def main() -> None:
     options = parse_arguments()
-    # What models say of themselves as they are built belongs to other occasions.
-    MMLogger.get_current_instance().setLevel("WARNING")
-    run_command(lambda: run(options))
+    run_command(lambda: run(options), quiet=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from mmvmamba_kernels.dispatch import (
     resolve,
 )
 from mmvmamba_kernels.layer_norm import reference
+from mmvmamba_kernels.registration import refuse_second_derivative
 
 _OP = "layer_norm"
 
@@ -250,12 +251,5 @@ def _autograd(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tup
     return grad_x, grad_branch, None, grad_weight, grad_bias, None, None, None, None
 
 
-def _double_backward(_ctx, *_grads) -> None:
-    raise RuntimeError(
-        f"{_OP} is differentiable once: its backward pass has no gradient. Call backward() or "
-        "autograd.grad() without create_graph=True."
-    )
-
-
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
-_backward_op.register_autograd(_double_backward)
+refuse_second_derivative(_backward_op, _OP)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
-from mmvmamba_kernels.registration import autocast_off
+from mmvmamba_kernels.registration import autocast_off, refuse_second_derivative
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
 
 _OP = "selective_scan_2d_norm"
@@ -202,15 +202,8 @@ def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return *_backward_op(grad_out, *ctx.saved_tensors, ctx.pattern), None, None, None, None
 
 
-def _double_backward(_ctx, *_grads) -> None:
-    raise RuntimeError(
-        f"{_OP} is differentiable once: its backward pass has no gradient. Call backward() or "
-        "autograd.grad() without create_graph=True."
-    )
-
-
 _forward_op.register_autograd(_autograd, setup_context=_setup_context)
-_backward_op.register_autograd(_double_backward)
+refuse_second_derivative(_backward_op, _OP)
 
 
 @register_flop_formula(getattr(torch.ops.mmvmamba, _OP))
