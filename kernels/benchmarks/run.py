@@ -39,6 +39,8 @@ from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
     selective_scan_2d_arguments,
+    selective_scan_2d_norm_arguments,
+    selective_scan_2d_norm_oracle,
     selective_scan_2d_oracle,
     selective_scan_arguments,
     selective_scan_oracle,
@@ -48,18 +50,21 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 ORACLES = {
     "selective_scan_2d": selective_scan_2d_oracle,
+    "selective_scan_2d_norm": selective_scan_2d_norm_oracle,
     "selective_scan": selective_scan_oracle,
     "depthwise_conv": depthwise_conv_oracle,
     "add_layer_norm": lambda **tensors: add_layer_norm_oracle(**tensors)[1],
 }
 ARGUMENTS = {
     "selective_scan_2d": selective_scan_2d_arguments,
+    "selective_scan_2d_norm": selective_scan_2d_norm_arguments,
     "selective_scan": selective_scan_arguments,
     "depthwise_conv": depthwise_conv_arguments,
     "add_layer_norm": add_layer_norm_arguments,
 }
 OPTIONS = {
     "selective_scan_2d": {},
+    "selective_scan_2d_norm": {},
     "selective_scan": {"delta_softplus": True},
     "depthwise_conv": {"act": "silu"},
     "add_layer_norm": {},
@@ -67,11 +72,14 @@ OPTIONS = {
 # The parameters of every operator, which are float32 in training, also where maps are not.
 PARAMETERS = {
     "selective_scan_2d": ("dt_weight", "dt_bias", "A", "D"),
+    "selective_scan_2d_norm": ("dt_weight", "dt_bias", "A", "D"),
     "selective_scan": ("A", "D", "delta_bias"),
     "depthwise_conv": ("weight", "bias"),
     "add_layer_norm": ("weight", "bias"),
 }
 STATELESS = ("depthwise_conv", "add_layer_norm")
+# Operators that are others with something before or after them, whose backends they use.
+BACKENDS_OF = {"add_layer_norm": "layer_norm", "selective_scan_2d_norm": "selective_scan_2d"}
 
 # Scanned elements beyond which the reference backend takes too long to check a shape on a CPU.
 REFERENCE_LIMIT = 1 << 24
@@ -107,7 +115,7 @@ class Shape:
         sizes = (batch, height, width, self.channels)
         if op == "selective_scan":
             sizes = (batch, 4, self.channels, self.states, height * width)
-        elif op == "selective_scan_2d":
+        elif op.startswith("selective_scan_2d"):
             sizes = (*sizes, self.rank, self.states)
         arguments = ARGUMENTS[op](*sizes, dtype=dtype, device=device)
         for name in PARAMETERS[op]:
@@ -305,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=150)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    backends = options.backends or available_backends(options.op.removeprefix("add_"))
+    backends = options.backends or available_backends(BACKENDS_OF.get(options.op, options.op))
     name, packages, ceiling = device_name(device), versions(), copy_rate(device)
     table = Table(
         title=f"{options.op}, {options.dtype}, {name}; copy {ceiling:.0f} GB/s; {packages}"

@@ -134,6 +134,14 @@ def add_layer_norm_oracle(
     return total, centred / torch.sqrt(variance + eps) * weight + bias
 
 
+def selective_scan_2d_norm_oracle(
+    norm_weight: Tensor, norm_bias: Tensor, pattern: str = "cross2d", **scan: Tensor
+) -> Tensor:
+    """``selective_scan_2d_norm`` in float64, as its two parts one after the other."""
+    y = selective_scan_2d_oracle(**scan, pattern=pattern)
+    return add_layer_norm_oracle(y, torch.zeros_like(y), norm_weight, norm_bias)[1]
+
+
 def depthwise_conv_oracle(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "silu"
 ) -> Tensor:
@@ -215,6 +223,19 @@ def selective_scan_2d_arguments(
         "D": normal(directions, channels),
     }
     return _cast(tensors, dtype, device)
+
+
+def selective_scan_2d_norm_arguments(*sizes: int, **options) -> dict[str, Tensor]:
+    """As ``selective_scan_2d_arguments``, and the parameters of the normalisation.
+
+    These are float32 where the map has fewer bits.
+    """
+    tensors = selective_scan_2d_arguments(*sizes, **options)
+    x = tensors["x"]
+    normal = _generator(3)
+    parameters = {name: normal(x.shape[3]) for name in ("norm_weight", "norm_bias")}
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return tensors | _cast(parameters, dtype, x.device)
 
 
 def state_space_dual_arguments(

@@ -118,10 +118,11 @@ class SS2D(KeepsFloat32):
         """The scan and the normalisation of its output."""
         if self.scan == "cascade2d":
             # Rows first, then columns, each on a normalised map (paper, figure 12: cascade scan).
-            inner = x.shape[-1:]
+            inner, dtype = x.shape[-1:], x.dtype
             x = self._scan_lines(F.layer_norm(x, inner), slice(0, 2))
-            x = self._scan_lines(F.layer_norm(x, inner).transpose(1, 2), slice(2, 4))
-            return self.out_norm(x.transpose(1, 2))
+            x = F.layer_norm(x, inner).to(dtype)
+            x = self._scan_lines(x.transpose(1, 2), slice(2, 4))
+            return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
         proj = linear(x, self.x_proj_weight.flatten(0, 1))
         return selective_scan_2d_norm(
@@ -145,7 +146,7 @@ class SS2D(KeepsFloat32):
         projected = torch.einsum("skld,kcd->skcl", paths, self.x_proj_weight[directions])
         dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         y = selective_scan(
-            paths.transpose(2, 3).flatten(1, 2),
+            with_range(paths).transpose(2, 3).flatten(1, 2),
             torch.einsum("skrl,kdr->skdl", dt, self.dt_projs_weight[directions]).flatten(1, 2),
             self._per_direction(-self.A_logs.float().exp())[directions].flatten(0, 1),
             b,
@@ -232,7 +233,7 @@ class Mamba2Mixer(KeepsFloat32):
         x = self.in_proj(x)
         conv = None if self.conv2d is None else self.conv2d[1]
         x = convolve(conv, self.act, x)
-        return self.dropout(self.out_proj(self.out_norm(self._scan(x))))
+        return self.dropout(self.out_proj(self.out_norm(self._scan(x)).to(x.dtype)))
 
     def _scan(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
@@ -240,7 +241,7 @@ class Mamba2Mixer(KeepsFloat32):
         projected = torch.einsum("bkld,kcd->bklc", paths, self.x_proj_weight)
         dt, b, c = projected.split([self.heads, self.d_state, self.d_state], dim=-1)
         y = state_space_dual(
-            paths.unflatten(-1, (self.heads, -1)),
+            with_range(paths).unflatten(-1, (self.heads, -1)),
             dt,
             -self.A_logs.float().exp(),
             b,
@@ -279,6 +280,14 @@ def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
     return y[:, 0].unflatten(1, (height, width)) + y[:, 1].unflatten(1, (width, height)).transpose(
         1, 2
     )
+
+
+def with_range(x: Tensor) -> Tensor:
+    """What a scan is given: float16 as float32, for the sake of its output.
+
+    A sum over thousands of positions may leave float16's range, its normalisation does not.
+    """
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def build_depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:

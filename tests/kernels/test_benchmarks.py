@@ -32,7 +32,14 @@ def arguments(op, file, backend="reference"):
 
 
 @pytest.mark.parametrize(
-    "op", ["add_layer_norm", "depthwise_conv", "selective_scan", "selective_scan_2d"]
+    "op",
+    [
+        "add_layer_norm",
+        "depthwise_conv",
+        "selective_scan",
+        "selective_scan_2d",
+        "selective_scan_2d_norm",
+    ],
 )
 def test_rows_are_appended(op, benchmark, tmp_path, capsys):
     file = tmp_path / "new" / "rows.csv"

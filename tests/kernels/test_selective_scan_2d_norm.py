@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba_kernels import layer_norm, selective_scan_2d, selective_scan_2d_norm
 from mmvmamba_kernels.testing import (
-    add_layer_norm_oracle,
     errors,
     output_and_gradients,
-    selective_scan_2d_arguments,
+    selective_scan_2d_norm_arguments,
+    selective_scan_2d_norm_oracle,
     selective_scan_2d_oracle,
 )
 from mmvmamba_kernels.triton_support import interpreting
@@ -29,18 +29,7 @@ def test_through_the_interpreter(interpreted_file):
 
 
 def arguments(dtype=torch.float32, shape=(2, 3, 5, 6, 2, 1), **options):
-    tensors = selective_scan_2d_arguments(*shape, dtype=dtype, device=DEVICE, **options)
-    generator = torch.Generator().manual_seed(3)
-    for name in ("norm_weight", "norm_bias"):
-        values = torch.randn(shape[3], generator=generator, dtype=torch.float64)
-        parameters = torch.promote_types(dtype, torch.float32)
-        tensors[name] = values.to(DEVICE, parameters).requires_grad_()
-    return tensors
-
-
-def oracle(norm_weight, norm_bias, pattern="cross2d", **scan):
-    y = selective_scan_2d_oracle(**scan, pattern=pattern)
-    return add_layer_norm_oracle(y, torch.zeros_like(y), norm_weight, norm_bias)[1]
+    return selective_scan_2d_norm_arguments(*shape, dtype=dtype, device=DEVICE, **options)
 
 
 def one_after_the_other(norm_weight, norm_bias, **scan):
@@ -52,8 +41,22 @@ def test_output_and_gradients(dtype):
     tensors = arguments(dtype)
     actual = output_and_gradients(selective_scan_2d_norm, tensors)
     assert all(t.dtype == (tensors.get(k, tensors["x"])).dtype for k, t in actual.items())
-    found = errors(actual, output_and_gradients(oracle, tensors))
+    found = errors(actual, output_and_gradients(selective_scan_2d_norm_oracle, tensors))
     assert max(found.values()) < TOLERANCE[dtype], found
+
+
+def test_sums_beyond_float16_are_normalised():
+    """The scan's sum lies outside of float16's range, its normalisation and gradients do not."""
+    tensors = arguments(torch.float16)
+    for name in ("x", "D"):
+        tensors[name] = (100 * tensors[name].detach()).requires_grad_()
+    scan = {name: t.float() for name, t in tensors.items() if "norm" not in name}
+    assert selective_scan_2d_oracle(**scan).abs().max() > torch.finfo(torch.float16).max
+    found = errors(
+        output_and_gradients(selective_scan_2d_norm, tensors),
+        output_and_gradients(selective_scan_2d_norm_oracle, tensors),
+    )
+    assert max(found.values()) < TOLERANCE[torch.float16], found
 
 
 @pytest.mark.parametrize("pattern", ["unidi", "bidi"])
@@ -98,7 +101,7 @@ def test_compiled_it_is_the_scan_and_plain_operations():
     tensors = arguments()
     compiled = torch.compile(selective_scan_2d_norm, fullgraph=True, backend=backend)
     actual = output_and_gradients(compiled, tensors)
-    found = errors(actual, output_and_gradients(oracle, tensors))
+    found = errors(actual, output_and_gradients(selective_scan_2d_norm_oracle, tensors))
     assert max(found.values()) < TOLERANCE[torch.float32], found
     (code,) = graphs
     assert "mmvmamba.selective_scan_2d.default" in code

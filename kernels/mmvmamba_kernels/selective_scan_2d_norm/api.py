@@ -38,8 +38,10 @@ def selective_scan_2d_norm(
 ) -> Tensor:
     """:func:`mmvmamba_kernels.selective_scan_2d` and a layer normalisation of its result.
 
-    Differentiable once in every tensor argument, each gradient in its argument's dtype, and
-    deterministic. Source: the out_norm of "VMamba: Visual State Space Model", arXiv 2401.10166.
+    The sum is rounded to the dtype of ``x`` before it is normalised, but for float16, whose range
+    it may leave. Differentiable once in every tensor argument, each gradient in its argument's
+    dtype, and deterministic. Source: the out_norm of "VMamba: Visual State Space Model", arXiv
+    2401.10166.
 
     Args:
         x: The map, (B, H, W, D); this and the next five as ``selective_scan_2d`` takes them.
@@ -65,7 +67,12 @@ def selective_scan_2d_norm(
         BackendError: If the backend does not exist or cannot run this call.
     """
     if not _runs_fused(x, A, backend):
-        y = selective_scan_2d(x, proj, dt_weight, dt_bias, A, D, pattern=pattern, backend=backend)
+        wide = x
+        if isinstance(x, Tensor):
+            out_dtype = x.dtype if out_dtype is None else out_dtype
+            wide = x.to(_sum_dtype(x))
+        scan = (wide, proj, dt_weight, dt_bias, A, D)
+        y = selective_scan_2d(*scan, pattern=pattern, backend=backend)
         return layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
     scan = {
         "x": x,
@@ -97,6 +104,11 @@ def _runs_fused(x: Tensor, A: Tensor, backend: str | None) -> bool:
     return module.__name__.endswith("triton_impl")
 
 
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of what is normalised: a sum over positions may leave float16's range."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 # Triton is what these two are for, so it is imported with them, and not before.
 def _forward(
     x: Tensor,
@@ -118,7 +130,7 @@ def _forward(
     with autocast_off(x):
         parts, carries = forward_parts(x, proj, dt_weight, dt_bias, A, D, pattern, save)
         total, out, statistics = normalise_sum(
-            parts, norm_weight, norm_bias, eps, x.dtype, out_dtype, save
+            parts, norm_weight, norm_bias, eps, _sum_dtype(x), out_dtype, save
         )
     return out, total, statistics, carries
 
@@ -177,7 +189,7 @@ def _(x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype,
     scan_dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
     return (
         x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty(x.shape if save else (0,)),
+        x.new_empty(x.shape if save else (0,), dtype=_sum_dtype(x)),
         x.new_empty((x.shape[:3].numel(), 2), dtype=state_dtype(x, norm_weight, norm_bias)),
         x.new_empty(carries_shape(x, A, pattern) if save else (0,), dtype=scan_dtype),
     )
