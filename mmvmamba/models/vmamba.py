@@ -194,7 +194,7 @@ class VMamba(BaseModule):
             'base' are the paper's VMamba-T, -S and -B.
         in_channels: Channels of the image.
         out_indices: Stages whose maps are returned, all by default; negative numbers count from
-            the last.
+            the last. Those after the last one named are neither computed nor trained.
         outnorm: Whether each returned map passes a normalisation of its own (`outnorm{i}`).
             Classifiers say False, since `VMambaClsHead` normalises.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
@@ -279,6 +279,7 @@ class VMamba(BaseModule):
                 f"frozen_stages={frozen_stages!r} must be an integer from -1 (nothing) to {stages}."
             )
         self.frozen_stages = frozen_stages
+        self.in_channels = in_channels
 
         self.patch_embed = build_stem(arch.stem, in_channels, arch.dims[0], arch.norm)
         last = max(sum(arch.depths) - 1, 1)
@@ -375,11 +376,14 @@ class VMamba(BaseModule):
 
         Returns:
             For each stage i of `out_indices`, in ascending order, a contiguous map
-            (B, C_i, H_i, W_i) with strides of about 4, 8, 16 and 32 pixels.
+            (B, C_i, H_i, W_i) with strides of about 4, 8, 16 and 32 pixels. Stages after the last
+            of them are not computed.
 
         Raises:
-            ValueError: If an image side is smaller than what the stem and the downsampling take.
+            ValueError: If `x` is no such tensor of floating-point numbers, or an image side is
+                smaller than what the stem and the downsampling take.
         """
+        self._check_images(x)
         least = self.arch.min_size
         if min(x.shape[-2:]) < least:
             raise ValueError(
@@ -396,9 +400,19 @@ class VMamba(BaseModule):
                 # NCHW in memory too: convolutions pass channels-last strides on, and mmcv 2.1's
                 # operators (RoIAlign among them) read such maps as if they were NCHW, silently.
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
-            if i < len(self.layers) - 1:
-                x = layer.downsample(x)
+            if i == self.out_indices[-1]:
+                break
+            x = layer.downsample(x)
         return tuple(outs)
+
+    def _check_images(self, x: Tensor) -> None:
+        is_image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+        if not is_image or x.shape[1] != self.in_channels:
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
+            raise ValueError(
+                f"VMamba takes floating-point images (B, {self.in_channels}, H, W), got {found}. "
+                "The data_preprocessor of an OpenMMLab model makes them of what a data set gives."
+            )
 
     def init_weights(self) -> None:
         """Initialises as `init_cfg` says; without one, the constructor's weights stay.
@@ -445,16 +459,24 @@ class VMamba(BaseModule):
         return before + (int(block) + 1 if part == "blocks" else depths[int(stage)]), num_layers
 
     def train(self, mode: bool = True) -> "VMamba":
-        """Sets the mode; frozen stages keep to evaluation."""
+        """Sets the mode; what is frozen keeps to evaluation."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
         return self
 
     def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        modules = [self.patch_embed, *self.layers[: self.frozen_stages]]
+        """What is not trained: the stages that were frozen, and whatever follows the last map.
+
+        The latter is here so that files fit whatever the `out_indices`, and data parallelism would
+        wait for its gradients.
+        """
+        last = self.out_indices[-1]
+        modules = [*self.layers[last + 1 :]]
+        if modules:
+            modules.append(self.layers[last].downsample)
+        if self.frozen_stages >= 0:
+            modules += [self.patch_embed, *self.layers[: self.frozen_stages]]
         norms = (f"outnorm{i}" for i in range(self.frozen_stages))
         return modules + [getattr(self, name) for name in norms if hasattr(self, name)]
 
