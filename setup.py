@@ -39,12 +39,15 @@ def build_kernels(folder: Path) -> None:
     from mmvmamba_kernels import build
 
     folder.mkdir(parents=True, exist_ok=True)
+    with_cuda = WITH_EXT == "1" and torch.version.cuda is not None
     try:
-        build.build(destination=folder)
-        if WITH_EXT == "1" and torch.version.cuda is not None:
+        # First, since what it lacks most often, nvcc, is known at once.
+        if with_cuda:
             build.build_cuda(destination=folder)
+        build.build(destination=folder)
     except build.BuildError as error:
-        raise SystemExit(f"cannot build the compiled kernels: {error}") from error
+        advice = " MMVMAMBA_WITH_EXT=cpu builds those for the CPU alone." if with_cuda else ""
+        raise SystemExit(f"cannot build the compiled kernels: {error}{advice}") from error
 
 
 class KernelDistribution(Distribution):

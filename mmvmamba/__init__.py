@@ -2,6 +2,7 @@
 
 from mmvmamba.compat import (
     allow_mmengine_checkpoints,
+    check_downloaded_weights,
     check_stack,
     diagnosing,
     register_config_scope,
@@ -14,4 +15,5 @@ __all__ = ["__version__"]
 if not diagnosing():
     check_stack()
     allow_mmengine_checkpoints()
+    check_downloaded_weights()
     register_config_scope()

@@ -1,8 +1,8 @@
 """What current versions of the stack need beside mmengine 0.10: a check and two registrations.
 
-Nothing here replaces a function of another package, but for `mend_inductor_strides`, which the
-runner calls where a config says `compile=`. The packages are imported where they are used, so that
-the check can speak of one that is missing.
+Two functions of other packages are replaced: mmengine's download of weights, which would run what
+it fetches, and one of PyTorch's (`mend_inductor_strides`), where a config says `compile=`. The
+packages are imported where they are used, so that the check can speak of one that is missing.
 """
 
 import sys
@@ -11,17 +11,20 @@ from importlib.util import find_spec
 
 from packaging.specifiers import SpecifierSet
 
-# Distribution -> (versions that work together, how to get one). mmdet 3.3 and mmseg 1.2 refuse
-# mmcv >= 2.2 (open-mmlab/mmcv#3096); a newer mmengine breaks `package::config` inheritance.
+# Distribution -> (versions that work together, how to get one). The lowest and the newest of each
+# were tested (requirements/bounds.in). mmdet 3.3 and mmseg 1.2 refuse mmcv >= 2.2
+# (open-mmlab/mmcv#3096), and mmcv 2.0 compiles as C++14, which torch's headers refuse; a newer
+# mmengine breaks `package::config` inheritance.
 STACK = {
-    # 2.6 comes with Triton 3.2, which cannot compile the scan.
-    "torch": (SpecifierSet(">=2.7"), 'pip install "torch>=2.7"'),
+    # 2.6 comes with Triton 3.2, which cannot compile the scan. 2.12 and 2.13 are untested; 2.14 is
+    # out of reach, since its headers need C++20 and mmcv 2.1 compiles as C++17.
+    "torch": (SpecifierSet(">=2.7,<2.12"), 'pip install "torch>=2.7,<2.12"'),
     # mmengine reads `package::config` names through pkg_resources.
     "setuptools": (SpecifierSet("<82"), 'pip install "setuptools<82"'),
     "mmengine": (SpecifierSet(">=0.10.5,<0.11"), 'pip install "mmengine>=0.10.5,<0.11"'),
     "mmcv": (
-        SpecifierSet(">=2.0.0,<2.2.0"),
-        'pip install "setuptools<81" && '
+        SpecifierSet(">=2.1,<2.2"),
+        'pip install "setuptools<82" && '
         "MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary mmcv mmcv==2.1.0",
     ),
     "mmdet": (SpecifierSet(">=3.3,<3.4"), 'pip install "mmdet>=3.3,<3.4"'),
@@ -36,12 +39,21 @@ PYTHON = SpecifierSet(">=3.10,<3.13")
 # What works outside its window, but not everywhere: only `python -m mmvmamba.doctor` speaks of it.
 # Distribution -> (versions, how to get one, what does not work with others).
 ADVISED = {
+    "torch": (
+        SpecifierSet(">=2.10"),
+        'pip install "torch>=2.10,<2.12"',
+        "a checkpoint made for it can run code on earlier ones (CVE-2026-24747)",
+    ),
     "numpy": (
         SpecifierSet("<2.4"),
         'pip install "numpy<2.4"',
         "Triton's interpreter, which runs its kernels without a GPU, breaks with later ones",
     ),
 }
+
+
+# numpy's types of numbers that a checkpoint may hold.
+_NUMBERS = "?bBhHiIlLqQefd"
 
 
 class StackError(ImportError):
@@ -117,6 +129,22 @@ def _history_buffer_statistic(owner: type, name: str):
     return getattr(owner, name)
 
 
+def _plain_dtype(code: str, *_copy_or_align):
+    """Stands in for `numpy.dtype` in a checkpoint: numbers of this machine, which nothing changes.
+
+    numpy lets a pickle give a *copy* of a type fields of its own, and then takes the file's bytes
+    for addresses of Python objects. Its own types ignore such a state, so no copies are made.
+
+    Raises:
+        ValueError: On any other type.
+    """
+    import numpy as np
+
+    if not isinstance(code, str) or code not in {np.dtype(c).str[1:] for c in _NUMBERS}:
+        raise ValueError(f"the checkpoint asks for the numpy type {code!r}, which is refused")
+    return np.dtype(code)
+
+
 def allow_mmengine_checkpoints() -> None:
     """Lets `torch.load(weights_only=True)` read what mmengine itself writes into checkpoints.
 
@@ -129,8 +157,8 @@ def allow_mmengine_checkpoints() -> None:
     from mmengine.logging import HistoryBuffer
 
     core = sys.modules[np.ndarray.__reduce__(np.empty(0))[0].__module__]
-    allowed = [HistoryBuffer, np.ndarray, np.dtype]
-    allowed += sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, key=repr)
+    allowed = [HistoryBuffer, np.ndarray, (_plain_dtype, "numpy.dtype")]
+    allowed += sorted({type(np.dtype(code)) for code in _NUMBERS}, key=repr)
     for function in (core._reconstruct, core.scalar):
         # Files written under numpy 1 name the module's old place.
         allowed += [
@@ -139,6 +167,21 @@ def allow_mmengine_checkpoints() -> None:
         ]
     allowed.append((_history_buffer_statistic, "builtins.getattr"))
     torch.serialization.add_safe_globals(allowed)
+
+
+def check_downloaded_weights() -> None:
+    """Makes mmengine read the weights that it fetches as carefully as those of the disk.
+
+    All its addresses (http(s)://, torchvision://, open-mmlab://, mmcls://) come to one function,
+    PyTorch's, whose `weights_only` is off where it is not given: unlike `torch.load`, it would run
+    what the file holds.
+    """
+    from functools import partial
+
+    from mmengine.runner import checkpoint
+
+    if not isinstance(checkpoint.load_url, partial):
+        checkpoint.load_url = partial(checkpoint.load_url, weights_only=True)
 
 
 def register_config_scope() -> None:

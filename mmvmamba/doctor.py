@@ -133,9 +133,12 @@ def check_packages() -> Iterator[Finding]:
             yield Finding(name, "error", "not installed", f"mmvmamba needs {window}", command)
     for name, (window, command, lost) in compat.ADVISED.items():
         found = compat.installed_version(name)
+        fits = found is not None and window.contains(found, prereleases=True)
+        if name in compat.STACK and (found is None or fits or compat.stack_problem(name)):
+            continue
         if found is None:
             yield Finding(name, "error", "not installed", f"mmvmamba needs {name}", command)
-        elif window.contains(found, prereleases=True):
+        elif fits:
             yield Finding(name, "ok", f"{found} ({window})")
         else:
             problem = f"{name} {found} is not {window}: {lost}"

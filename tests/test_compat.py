@@ -39,16 +39,6 @@ def test_only_required_packages_must_be_installed(monkeypatch):
         compat.check_stack()
 
 
-def test_windows_hold_the_versions_that_the_extras_ask_for():
-    """pyproject.toml's ranges and the run-time check are one fact in two formats."""
-    requirements = [
-        r.split(";")[0].strip() for r in importlib.metadata.requires("mmvmamba") if r[:2] == "mm"
-    ]
-    assert len(requirements) == 3
-    for requirement in map(Requirement, requirements):
-        assert requirement.specifier == compat.STACK[requirement.name][0], requirement.name
-
-
 def test_installing_replaces_nothing_of_the_stack():
     always = [
         Requirement(r).name for r in importlib.metadata.requires("mmvmamba") if "extra" not in r

@@ -74,10 +74,12 @@ def test_a_wrong_version_is_one_error_with_its_command(monkeypatch, package, ver
     assert f"{package} {version}" in found.problem
 
 
-def test_what_is_advised_is_a_warning(monkeypatch):
-    pretend_version(monkeypatch, "numpy", "2.4.1")
-    found = faults()["numpy"]
-    assert (found.status, found.command) == ("warning", 'pip install "numpy<2.4"')
+@pytest.mark.parametrize(("package", "version"), [("numpy", "2.4.1"), ("torch", "2.9.1")])
+def test_what_is_advised_is_a_warning(monkeypatch, package, version):
+    pretend_version(monkeypatch, package, version)
+    found = faults()[package]
+    assert (found.status, found.command) == ("warning", compat.ADVISED[package][1])
+    assert str(compat.ADVISED[package][0]) in found.problem
 
 
 def test_a_task_that_is_not_installed_is_no_fault(monkeypatch):

@@ -3,6 +3,10 @@
 
 TOOLS_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PROJECT_DIR=$(dirname "$TOOLS_DIR")
+# STACK=lowest and STACK=newest stand for other lists of packages, in an environment of their own.
+# shellcheck disable=SC2034 # Used by the scripts that read this.
+REQUIREMENTS=requirements/${STACK:-stack}.txt
+VENV=$PROJECT_DIR/.venv${STACK:+-$STACK}
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -17,8 +21,8 @@ project_python() {
     local conda=${CONDA_DEFAULT_ENV:-base}
     if [[ -n ${VIRTUAL_ENV:-} || $conda != base ]]; then
         command -v python || fail "an environment is active, but it has no python."
-    elif [[ -x $PROJECT_DIR/.venv/bin/python ]]; then
-        printf '%s\n' "$PROJECT_DIR/.venv/bin/python"
+    elif [[ -x $VENV/bin/python ]]; then
+        printf '%s\n' "$VENV/bin/python"
     else
         command -v python3 || command -v python || fail "no python3 on the PATH."
     fi
@@ -62,7 +66,7 @@ run_on_slurm() {
 
 # Hides the GPU, if there is one, from an environment whose mmcv has operators for the CPU alone.
 hide_unusable_gpu() {
-    if grep -q -e '-cpu-' "$PROJECT_DIR/.venv/setup-stamps/mmcv"; then
+    if grep -q -e '-cpu-' "$VENV/setup-stamps/mmcv"; then
         export CUDA_VISIBLE_DEVICES=-1
     fi
 }

@@ -34,7 +34,7 @@ logged() {
 printf '== 1/5 environment\n'
 bash tools/setup_env.sh
 unset PYTHONPATH PYTHONHOME
-export VIRTUAL_ENV=$PROJECT_DIR/.venv PATH=$PROJECT_DIR/.venv/bin:$PATH
+export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
 hide_unusable_gpu
 
 printf '== 2/5 sample data (about 1 min)\n'

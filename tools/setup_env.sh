@@ -2,12 +2,12 @@
 # Makes .venv with everything the project runs on, or completes one that was interrupted.
 #
 # Variables: PYTHON (the interpreter to use), MAX_JOBS (compiler processes),
-# XDG_CACHE_HOME (mmcv's wheel is kept in mmvmamba/wheels below it; ~/.cache by default).
+# XDG_CACHE_HOME (mmcv's wheel is kept in mmvmamba/wheels below it; ~/.cache by default),
+# STACK (lowest or newest: the packages of requirements/STACK.txt, in .venv-STACK).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 cd "$PROJECT_DIR"
-VENV=$PROJECT_DIR/.venv
 STAMPS=$VENV/setup-stamps
 LOGS=$PROJECT_DIR/work_dirs/setup
 : "${HOME:=~}"
@@ -151,7 +151,7 @@ check_compiler() {
         fail "$include/Python.h is missing, which compiling mmcv's operators needs: install Python's headers (Debian and Ubuntu: apt-get install python3-dev for this version), or set PYTHON to another Python."
 }
 
-pinned() { sed -n "s/^$1==\([^ ;\\\\]*\).*/\1/p" requirements/stack.txt | head -n 1; }
+pinned() { sed -n "s/^$1==\([^ ;\\\\]*\).*/\1/p" "$REQUIREMENTS" | head -n 1; }
 
 find_nvcc() {
     local candidate
@@ -169,7 +169,7 @@ accelerator() {
         echo cpu
         return
     fi
-    wanted=$(sed -n 's/^cuda-toolkit==\([0-9]*\).*/\1/p' requirements/stack.txt | head -n 1)
+    wanted=$(sed -n 's/^nvidia-cuda-runtime[-cu0-9]*==\([0-9]*\).*/\1/p' "$REQUIREMENTS" | head -n 1)
     if nvcc=$(find_nvcc); then
         release=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
         if [[ ${release%%.*} == "$wanted" ]]; then
@@ -235,6 +235,7 @@ install_mmvmamba() {
 
 JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)}
 [[ -f setup.py && -d requirements ]] || fail "$PROJECT_DIR is not a checkout of mmvmamba: clone the repository to use this."
+[[ -f $REQUIREMENTS ]] || fail "STACK=$STACK: there is no $REQUIREMENTS."
 
 if [[ -x $VENV/bin/python ]] && usable_python "$VENV/bin/python" && [[ -f $STAMPS/venv ]]; then
     python=$VENV/bin/python
@@ -246,7 +247,7 @@ version=$("$python" -c 'import platform; print(platform.python_version())')
 ACCELERATOR=$(accelerator)
 WHEELS=$CACHE/mmcv$(sed -n 's/^mmcv==\([^ ]*\).*/\1/p' requirements/mmcv.txt)-torch$(pinned torch)-$ACCELERATOR-$tag
 
-stack_key=$(content_hash requirements/stack.txt)
+stack_key=$(content_hash "$REQUIREMENTS")
 mmcv_key=$(basename "$WHEELS")-$(content_hash requirements/mmcv.txt)
 package_key=$(content_hash setup.py pyproject.toml)
 kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/csrc kernels/mmvmamba_kernels/build.py -type f -print0 | sort -z | xargs -0 cat | content_hash)
@@ -258,9 +259,9 @@ printf 'mmvmamba set-up: Python %s, %s, %s compiler processes\n' "$version" "$AC
 [[ -e mmvmamba/.mim/configs && -e mmvmamba/.mim/tools ]] || rm -f "$STAMPS/mmvmamba"
 [[ -n $(find kernels/mmvmamba_kernels/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
 
-step venv "$tag" '5 s' 'environment .venv' make_venv "$python"
+step venv "$tag" '5 s' "environment ${VENV##*/}" make_venv "$python"
 step stack "$stack_key" '3 min, 5 GB' 'pinned packages' \
-    "$VENV/bin/python" -m pip install --no-deps --require-hashes --only-binary :all: -r requirements/stack.txt
+    "$VENV/bin/python" -m pip install --no-deps --require-hashes --only-binary :all: -r "$REQUIREMENTS"
 if [[ -n $(cached_wheel) ]]; then duration='15 s'; else duration="$((18 / (JOBS < 18 ? JOBS : 18) + 1)) min, once per machine"; fi
 step mmcv "$mmcv_key" "$duration" "mmcv with operators ($ACCELERATOR)" install_mmcv
 step mmvmamba "$package_key" '10 s' 'mmvmamba' install_mmvmamba

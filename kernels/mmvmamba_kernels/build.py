@@ -196,10 +196,13 @@ def build(force: bool = False, destination: Path | None = None) -> Path:
     Raises:
         BuildError: If there is no compiler, it fails, or there is nowhere to write to.
     """
-    present = extension.find_library() if destination is None else None
-    if present is not None and not force:
-        logger.info("already built: %s", present)
-        return present
+    if destination is None and not force:
+        present = extension.find_library()
+        # One that does not load, in a folder that cannot be written, is no reason to build none.
+        if present is not None and extension.load() is None:
+            logger.info("already built: %s", present)
+            return present
+        extension.load.cache_clear()
     compiler = [*find_compiler(), *_FLAGS]
     name = extension.library_name()
     return _make(_units(), compiler, _link_flags(), name, destination or _destination())
@@ -327,10 +330,11 @@ def build_cuda(
     nvcc = find_nvcc()
     chosen = choose_architectures(nvcc, architectures)
     name = extension.library_name("cuda", chosen)
-    present = extension.find_library("cuda") if destination is None else None
-    if present is not None and present.name == name and not force:
-        logger.info("already built: %s", present)
-        return present
+    present = extension.find_libraries("cuda") if destination is None and not force else []
+    for library in present:
+        if library.name == name:
+            logger.info("already built: %s", library)
+            return library
     host = ["-ccbin", find_compiler()[0]] if os.environ.get("CXX") else []
     # A compiler from a Python package comes without the headers, which are in another one.
     headers = [

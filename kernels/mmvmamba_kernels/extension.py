@@ -53,14 +53,38 @@ def search_path() -> tuple[Path, Path]:
     return Path(__file__).parent / "lib", Path(cache) / "mmvmamba_kernels"
 
 
-def find_library(device: str = "cpu") -> Path | None:
-    """The library that :func:`load` would load, if it was built."""
+def find_libraries(device: str = "cpu") -> list[Path]:
+    """The libraries for these sources and this PyTorch, in the order in which they are tried.
+
+    Of those for GPUs the ones that run on the GPUs of this machine come first, above all those
+    compiled for just these: one in the package, which not everyone can replace, hides none.
+    """
     stem = Path(library_name(device)).stem
-    for folder in search_path():
-        found = sorted((*folder.glob(f"{stem}.so"), *folder.glob(f"{stem}-*.so")))
-        if found:
-            return found[0]
-    return None
+    found = [
+        library
+        for folder in search_path()
+        for library in sorted((*folder.glob(f"{stem}.so"), *folder.glob(f"{stem}-*.so")))
+    ]
+    gpus = range(torch.cuda.device_count()) if device == "cuda" and len(found) > 1 else ()
+    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
+
+    def misfits(library: Path) -> tuple[int, int]:
+        compiled = compiled_architectures(library)
+        unfit = sum(not architectures_fit(compiled, capability) for capability in capabilities)
+        return unfit, sum(10 * major + minor not in compiled for major, minor in capabilities)
+
+    return sorted(found, key=misfits)
+
+
+def find_library(device: str = "cpu") -> Path | None:
+    """The library that is loaded, else the one that :func:`load` would try first, if there is one.
+
+    Args:
+        device: Which library, of those of :data:`DEVICES`.
+    """
+    found = find_libraries(device)
+    loaded = [path for path in found if os.path.realpath(path) in torch.ops.loaded_libraries]
+    return next(iter(loaded + found), None)
 
 
 def build_command(device: str = "cpu") -> str:
@@ -75,23 +99,27 @@ def load(device: str = "cpu") -> str | None:
     Returns:
         None if its operators can be called, else the reason why not.
     """
-    path = find_library(device)
     command = build_command(device)
     name = "compiled library" if device == "cpu" else f"compiled {device.upper()} library"
-    if path is None:
-        prefix = library_name(device).split("-")[0]
-        others = any(any(folder.glob(f"{prefix}-*.so")) for folder in search_path())
-        state = (
-            f"was built from other sources or for another PyTorch than {torch.__version__}"
-            if others
-            else "is not built"
-        )
-        return f"the {name} {state}; run: {command}"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"the {name} does not load ({error}); run: {command}"
-    return None
+    failures = []
+    for path in find_libraries(device):
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            # Such as one for a later C library, from a folder that several machines share.
+            failures.append(str(error))
+        else:
+            return None
+    if failures:
+        return f"the {name} does not load ({'; '.join(failures)}); run: {command}"
+    prefix = library_name(device).split("-")[0]
+    others = any(any(folder.glob(f"{prefix}-*.so")) for folder in search_path())
+    state = (
+        f"was built from other sources or for another PyTorch than {torch.__version__}"
+        if others
+        else "is not built"
+    )
+    return f"the {name} {state}; run: {command}"
 
 
 def architectures_fit(architectures: tuple[int, ...], capability: tuple[int, int]) -> bool:

@@ -5,11 +5,13 @@ prefixes, and gives files from before its release (all of vanilla VMamba's) the 
 Every load reports what became of each key and refuses what it cannot place.
 """
 
+import hashlib
 import os
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +37,13 @@ OLD_NAMES = {
     r"(?P<part>layers\.\d+\.blocks\.\d+)\.self_attention": r"\g<part>.op",
 }
 OLD_MARK = re.compile(r"(^|\.)layers\.\d+\.blocks\.\d+\.self_attention\.")
+
+# What Python's and torch's readers run into in files that are cut short, damaged or something else.
+DAMAGE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError),
+    *(ImportError, AssertionError, MemoryError, OverflowError),
+    *(struct.error, zlib.error, zipfile.BadZipFile),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -149,15 +158,10 @@ def read_checkpoint(source: str | Path) -> dict:
                 f"{path} holds more than weights, or is no checkpoint, and was not opened: "
                 f"{str(error).splitlines()[0]} If you made it yourself, save its state dict alone."
             ) from error
-        # What torch's reader runs into in files that are cut short or are something else.
-        except (
-            *(RuntimeError, EOFError, OSError, ValueError, LookupError, struct.error),
-            *(AttributeError, TypeError, ImportError),
-        ) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+        except DAMAGE as error:
             raise CheckpointError(
-                f"{path} cannot be read as a checkpoint, it is damaged or incomplete: {reason} "
-                + remedy
+                f"{path} cannot be read as a checkpoint, it is damaged or incomplete: "
+                f"{_reason(error)} {remedy}"
             ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
@@ -175,7 +179,9 @@ def _download(address: str) -> Path:
             f"checkpoint {address}: only local paths and http(s) addresses are read. Fetch the "
             "file and give its path."
         )
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(parts.path).name
+    # Files of one name lie at many addresses: those of other data sets, or of other releases.
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / key / Path(parts.path).name
     # Every launcher sets it. mmengine's get_local_rank needs a group that mmengine never makes.
     if os.environ.get("LOCAL_RANK", "0") == "0" and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,21 +235,32 @@ def _check_file(path: Path, remedy: str) -> None:
             f"checkpoint {path} is a web page, not a checkpoint: what was fetched is a page about "
             f"the file, or an error message. {remedy}"
         )
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            try:
-                damaged = archive.testzip()
-            except zipfile.BadZipFile as error:
-                damaged = str(error)
-        if damaged:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged (checksum of {damaged!r} does not match). {remedy}"
-            )
-    elif begin.startswith(b"PK"):
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        damage = _zip_damage(path) if is_zip else None
+    except DAMAGE as error:
+        damage = _reason(error)
+    if damage:
+        raise CheckpointError(f"checkpoint {path} is damaged ({damage}). {remedy}")
+    if begin.startswith(b"PK") and not is_zip:
         raise CheckpointError(
             f"checkpoint {path} is incomplete: it ends after {path.stat().st_size} bytes, before "
             f"its list of contents. The transfer or the saving was interrupted. {remedy}"
         )
+
+
+def _zip_damage(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        # torch writes its files uncompressed. Others could unfold to more than the memory holds.
+        packed = [info.filename for info in archive.infolist() if info.compress_type]
+        if packed:
+            return f"{packed[0]!r} is compressed, which torch does not write"
+        name = archive.testzip()
+    return name and f"checksum of {name!r} does not match"
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def find_weights(

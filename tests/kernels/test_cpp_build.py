@@ -3,11 +3,13 @@
 import functools
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import warnings
 
 import pytest
+import setuptools
 import torch
 
 from mmvmamba_kernels import BackendError, build, dispatch, extension, selective_scan_2d
@@ -55,6 +57,46 @@ def test_a_broken_library_is_an_error_with_the_reason(nothing_built):
     nothing_built[0].mkdir()
     (nothing_built[0] / extension.library_name()).write_text("not a library")
     assert "does not load" in extension.load()
+
+
+def test_a_library_that_does_not_load_hides_no_other_one(nothing_built, monkeypatch, tmp_path):
+    """As in a folder that several machines share and this one cannot write to."""
+    source = tmp_path / "tiny.cpp"
+    source.write_text("int tiny() { return 1; }\n")
+    monkeypatch.setattr(build, "_units", lambda: [build._Unit("tiny", str(source), ())])
+    package, cache = nothing_built
+    monkeypatch.setattr(build, "_destination", lambda: cache)
+    for folder in nothing_built:
+        folder.mkdir()
+    (package / extension.library_name()).write_text("not a library")
+    assert "does not load" in extension.load()
+    library = build.build()
+    assert library.parent == cache
+    assert extension.load() is None
+    assert extension.find_library() == library
+    written = library.stat().st_mtime_ns
+    assert build.build() == library
+    assert library.stat().st_mtime_ns == written
+
+
+def test_the_library_for_this_gpu_comes_first(nothing_built, monkeypatch):
+    package, cache = (
+        folder / extension.library_name("cuda", (gpu,))
+        for folder, gpu in zip(nothing_built, (80, 120), strict=True)
+    )
+    for library in (package, cache):
+        library.parent.mkdir()
+        library.touch()
+    gpus = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
+    assert extension.find_library("cuda") == package
+    # The drivers of all could translate the package's.
+    for gpu, first in (((8, 0), package), ((8, 6), package), ((12, 0), cache)):
+        gpus[:] = [gpu]
+        assert extension.find_library("cuda") == first
+    gpus[:] = [(12, 0), (8, 0), (12, 0)]
+    assert extension.find_libraries("cuda") == [package, cache]
 
 
 def test_the_name_depends_on_the_version_of_pytorch(monkeypatch):
@@ -128,6 +170,18 @@ def test_a_missing_nvcc_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     with pytest.raises(build.BuildError, match="found no nvcc. Install the CUDA toolkit 13"):
         build.find_nvcc()
+
+
+def test_an_install_without_nvcc_names_the_one_that_needs_none(monkeypatch, tmp_path, project):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MMVMAMBA_WITH_EXT", "1")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    build_kernels = runpy.run_path(str(project / "setup.py"))["build_kernels"]
+    with pytest.raises(SystemExit, match=r"no bin/nvcc in CUDA_HOME.*MMVMAMBA_WITH_EXT=cpu"):
+        build_kernels(tmp_path / "lib")
+    assert not list((tmp_path / "lib").iterdir())
 
 
 def test_an_nvcc_of_another_major_version_is_refused(monkeypatch, tmp_path):

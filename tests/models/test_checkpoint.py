@@ -448,6 +448,17 @@ def test_address_is_fetched_once_and_loaded_strictly(server, state):
     load_backbone(backbone(), f"{address}/a.pth")
 
 
+@pytest.mark.parametrize("other", ["2/a.pth", "1/a.pth?release=2"])
+def test_files_of_one_name_are_told_apart_by_their_address(server, other):
+    folder, address = server
+    for value, name in enumerate(("1/a.pth", other)):
+        file = folder / name.partition("?")[0]
+        file.parent.mkdir(exist_ok=True)
+        save(file, {"state_dict": {"w": torch.tensor(value)}})
+        fetched = read_checkpoint(f"{address}/{name}")
+        assert fetched["state_dict"]["w"] == value
+
+
 def test_nothing_in_a_fetched_file_is_run(server, state, tmp_path):
     folder, address = server
     mark = tmp_path / "mark"
