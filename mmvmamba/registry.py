@@ -10,22 +10,25 @@ from mmengine.registry import Registry
 SCOPE = "mmvmamba"
 
 
-def _child(parent: Registry, location: str = "mmvmamba.models") -> Registry:
+def _child(name: str, *modules: str) -> Registry:
+    parent = getattr(mmengine_registry, name)
     # mmengine wants a module to import even where nothing is registered.
-    return Registry(parent.name, parent=parent, scope=SCOPE, locations=[location])
+    locations = list(modules) or ["mmvmamba.models"]
+    return Registry(parent.name, parent=parent, scope=SCOPE, locations=locations)
 
 
-MODELS = _child(mmengine_registry.MODELS)
-OPTIM_WRAPPER_CONSTRUCTORS = _child(
-    mmengine_registry.OPTIM_WRAPPER_CONSTRUCTORS, "mmvmamba.engine.optim"
-)
+MODELS = _child("MODELS")
+RUNNERS = _child("RUNNERS", "mmvmamba.engine.runner")
+STRATEGIES = _child("STRATEGIES", "mmvmamba.engine.fsdp")
+LOOPS = _child("LOOPS", "mmvmamba.engine.loops")
+HOOKS = _child("HOOKS", "mmvmamba.engine.checkpoint_hook", "mmvmamba.engine.invalid_loss_hook")
+OPTIM_WRAPPERS = _child("OPTIM_WRAPPERS", "mmvmamba.engine.optim")
+OPTIM_WRAPPER_CONSTRUCTORS = _child("OPTIM_WRAPPER_CONSTRUCTORS", "mmvmamba.engine.optim")
 
-# A config inherited as `mmvmamba::...` looks its hooks, schedulers and so on up in this scope
+# A config inherited as `mmvmamba::...` looks its schedulers, data sets and so on up in this scope
 # first. Without a child to look into, mmengine warns of an incorrect scope before it finds its own.
 EMPTY = tuple(
-    _child(registry)
-    for registry in vars(mmengine_registry).values()
-    if isinstance(registry, Registry)
-    and registry.parent is None
-    and registry not in (mmengine_registry.MODELS, mmengine_registry.OPTIM_WRAPPER_CONSTRUCTORS)
+    _child(name)
+    for name, registry in vars(mmengine_registry).items()
+    if isinstance(registry, Registry) and registry.parent is None and name not in globals()
 )

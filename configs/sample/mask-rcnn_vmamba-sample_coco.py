@@ -23,14 +23,19 @@ model = dict(
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4),
     rpn_head=dict(
+        type="mmvmamba.Float32RPNHead",
         in_channels=width,
         feat_channels=width,
         anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=width, finest_scale=16),
+        bbox_roi_extractor=dict(
+            type="mmvmamba.Float32RoIExtractor", out_channels=width, finest_scale=16
+        ),
         bbox_head=dict(in_channels=width, fc_out_channels=256),
-        mask_roi_extractor=dict(out_channels=width, finest_scale=16),
+        mask_roi_extractor=dict(
+            type="mmvmamba.Float32RoIExtractor", out_channels=width, finest_scale=16
+        ),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width),
     ),
     train_cfg=dict(

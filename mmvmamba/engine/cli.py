@@ -2,26 +2,25 @@
 
 import argparse
 import difflib
+import errno
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mmengine
-import torch
 from mmengine.config import Config, DictAction
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
-from torch import distributed
+from mmengine.runner import Runner
 
 import mmvmamba
 from mmvmamba.compat import StackError
 from mmvmamba.engine.data import check_datasets, find_data, set_data_root
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.launch import LAUNCHERS, prepare_launch
+from mmvmamba.engine.launch import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
+from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.engine.runner import StrictRunner
 from mmvmamba.engine.tasks import (
     add_prediction_dump,
@@ -88,7 +87,7 @@ def parse_train_arguments(arguments: list[str] | None = None) -> argparse.Namesp
         help="go on from this checkpoint; without one, from the newest in the work directory, or "
         "from the beginning if there is none",
     )
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision (GPU only)")
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -190,12 +189,10 @@ def train_config(options: argparse.Namespace) -> Config:
 
 
 def _enable_amp(cfg: Config) -> None:
-    if not torch.cuda.is_available():
-        raise UsageError("--amp needs a GPU, and torch sees none: leave it out on the CPU.")
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
-    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
+    if wrapper.removeprefix("mmvmamba.") not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(f"--amp works with OptimWrapper; the config has {wrapper}.")
-    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.type = "mmvmamba.AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
 
@@ -203,18 +200,17 @@ def _set_resume(cfg: Config, source: str) -> None:
     if source != "auto":
         cfg.resume, cfg.load_from = True, source
         return
-    if not (Path(cfg.work_dir) / "last_checkpoint").is_file():
+    path, damaged = newest_checkpoint(cfg.work_dir)
+    for reason in damaged:
+        _add_notice(cfg, f"--resume: passed over, for an older one: {reason}")
+    if path is None:
         _add_notice(
             cfg,
             f"--resume: no checkpoint in {cfg.work_dir} yet, training starts from the beginning.",
         )
         cfg.resume = False
         return
-    latest = find_latest_checkpoint(cfg.work_dir)
-    # The folder may have been moved since the path was written.
-    moved = Path(cfg.work_dir) / Path(latest).name
-    latest = latest if Path(latest).is_file() or not moved.is_file() else str(moved)
-    cfg.resume, cfg.load_from = True, latest
+    cfg.resume, cfg.load_from = True, str(path)
 
 
 def test_config(options: argparse.Namespace) -> Config:
@@ -337,15 +333,20 @@ def run_command(command: Callable[[], None], quiet: bool = False) -> None:
         MMLogger.get_current_instance().setLevel("WARNING")
     try:
         command()
-        if distributed.is_initialized():
-            # Threads of a group that is still there when Python ends may abort the process.
-            distributed.destroy_process_group()
+        finish_launch()
     except (UsageError, CheckpointError, StackError) as error:
         if os.environ.get("RANK", "0") != "0":
             # The first process says it for all: where they share the fault, the launcher ends
             # the others in this time.
             time.sleep(3)
-        sys.exit(f"error: {error}")
+        exit_for_good(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        exit_for_good(
+            f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}. What was "
+            "written before is whole: make room, and go on with --resume."
+        )
 
 
 def train_main() -> None:

@@ -20,18 +20,19 @@ def datasets_of(cfg: Config, splits: tuple[str, ...] = SPLITS) -> Iterator[tuple
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader:
-            for dataset in _unwrap(loader.get("dataset")):
+            for dataset in unwrap(loader.get("dataset")):
                 yield split, dataset
 
 
-def _unwrap(dataset) -> Iterator[dict]:
+def unwrap(dataset: dict | list | tuple | None) -> Iterator[dict]:
+    """Yields the data set configs inside of a config's wrappers, or the config itself."""
     if isinstance(dataset, list | tuple):
         for one in dataset:
-            yield from _unwrap(one)
+            yield from unwrap(one)
     elif isinstance(dataset, dict):
         inner = [dataset[key] for key in ("dataset", "datasets") if dataset.get(key)]
         if inner:
-            yield from _unwrap(inner)
+            yield from unwrap(inner)
         else:
             yield dataset
 

@@ -1,9 +1,77 @@
-"""Layer-wise decay of the learning rate, for detectors, segmentors and classifiers alike."""
+"""How weights are updated: mixed precision on any device, and layer-wise learning rates."""
 
-from mmengine.optim import DefaultOptimWrapperConstructor
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper as UpstreamAmpOptimWrapper
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from mmvmamba.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmvmamba.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+
+
+@OPTIM_WRAPPERS.register_module()
+class AmpOptimWrapper(UpstreamAmpOptimWrapper):
+    """mmengine's mixed precision, which also runs where there is no accelerator.
+
+    On an accelerator it is mmengine's. On the CPU, which mmengine's refuses, it computes in
+    bfloat16 by default, or in float16, for which most CPUs have no fast instructions.
+
+    Args:
+        loss_scale: 'dynamic', a number that stays, or a dict of `torch.amp.GradScaler`'s arguments.
+        dtype: 'float16', 'bfloat16' or the like, or a torch.dtype; the device's own choice if None.
+        use_fsdp: Whether the parameters are sharded.
+        **kwargs: `OptimWrapper`'s: `optimizer`, `accumulative_counts`, `clip_grad`.
+
+    Raises:
+        ValueError: If the loss scale or the dtype is none of these; on an accelerator it is
+            mmengine's TypeError or AssertionError.
+    """
+
+    def __init__(
+        self,
+        loss_scale: str | float | dict = "dynamic",
+        dtype: str | torch.dtype | None = None,
+        use_fsdp: bool = False,
+        **kwargs,
+    ):
+        if get_device() != "cpu":
+            super().__init__(loss_scale, dtype, use_fsdp, **kwargs)
+            return
+        OptimWrapper.__init__(self, **kwargs)
+        self._scale_update_param = loss_scale if isinstance(loss_scale, float) else None
+        if loss_scale == "dynamic":
+            options = {}
+        elif isinstance(loss_scale, float):
+            options = {"init_scale": loss_scale}
+        elif isinstance(loss_scale, dict):
+            options = loss_scale
+        else:
+            raise ValueError(
+                f"loss_scale={loss_scale!r} must be 'dynamic', a float or a dict of GradScaler's "
+                "arguments."
+            )
+        self.loss_scaler = (ShardedGradScaler if use_fsdp else torch.amp.GradScaler)(
+            device="cpu", **options
+        )
+        if isinstance(dtype, str) and dtype in self.valid_dtypes:
+            dtype = getattr(torch, dtype)
+        if not isinstance(dtype, torch.dtype | None):
+            raise ValueError(f"dtype={dtype!r} must be one of {', '.join(self.valid_dtypes)}.")
+        self.cast_dtype = dtype
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The context of a forward pass: its precision, and whether gradients are exchanged."""
+        if get_device() != "cpu":
+            with super().optim_context(model):
+                yield
+            return
+        with OptimWrapper.optim_context(self, model), torch.autocast("cpu", dtype=self.cast_dtype):
+            yield
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -1,16 +1,32 @@
-"""mmengine's Runner, strict about weights and able to run several processes without a GPU."""
+"""mmengine's Runner, strict about weights, exact in resuming, and at home without a GPU."""
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from mmengine.device import get_device
+from mmengine.dist import get_world_size, master_only
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS, LOOPS, Registry
+from mmengine.runner import EpochBasedTrainLoop as UpstreamEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
 from mmengine.runner import Runner
+from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 
 from mmvmamba.compat import mend_inductor_strides
+from mmvmamba.engine.checkpoint_hook import UNFINISHED, CheckpointHook
+from mmvmamba.engine.data_checks import LeftOutHook, build_dataloader
 from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.invalid_loss_hook import StopOnInvalidLoss
 from mmvmamba.engine.launch import prepare_launch
+from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmvmamba.engine.resume import missing_entries, newest_checkpoint
+from mmvmamba.engine.seeds import build_train_dataloader
 from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
@@ -21,23 +37,184 @@ from mmvmamba.models.checkpoint import (
     split_pretrained,
 )
 from mmvmamba.models.layers import BatchNorm
-
-# What mmengine's checkpoints hold beside the weights and a training cannot go on without.
-RESUME_ENTRIES = ("meta", "message_hub", "optimizer")
+from mmvmamba.registry import RUNNERS
 
 
+@RUNNERS.register_module()
 class StrictRunner(Runner):
-    """A Runner that never goes on with weights that failed to load.
+    """A Runner that never goes on with weights that failed to load, and resumes exactly.
 
     `load_from`, `--resume` and the checkpoint of a test must fit the model key by key. Fine-tuning
     with other heads says which parts may differ: `load_ignore` in the config is a list of prefixes
     of keys that keep the model's own values, e.g. `load_ignore=['roi_head.bbox_head.fc_cls']`.
+
+    A training that is resumed ends with the weights that it would have had without the
+    interruption, on the CPU bit for bit: see `mmvmamba.engine.seeds` and `mmvmamba.engine.loops`,
+    which stand in for mmengine's loops (loops of other makes keep their own ways). Checkpoints
+    appear under their names when they are whole.
     """
+
+    # The checkpoint to resume from, between its reading and the moment when its tensors are used.
+    _resumed: dict | None = None
+
+    build_dataloader = staticmethod(build_dataloader)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Starts the process group (on gloo where there is no accelerator), then as mmengine."""
         prepare_launch(self._launcher, (env_cfg.get("dist_cfg") or {}).get("timeout"))
         super().setup_env(env_cfg)
+
+    def set_randomness(
+        self, seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
+    ) -> None:
+        """Seeds the run.
+
+        Args:
+            seed: The seed, drawn if None.
+            diff_rank_seed: Not used: the processes share the seed, by which they share out the
+                data, and each draws its own numbers in every training step.
+            deterministic: Use deterministic algorithms alone, and the seed 0 if none is given, so
+                that two runs of one config are the same.
+        """
+        del diff_rank_seed
+        if deterministic:
+            seed = 0 if seed is None else seed
+            # cuBLAS reads it when it starts, and torch refuses to call it without.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        super().set_randomness(seed, deterministic=deterministic)
+        self._randomness_cfg = {"seed": self.seed, "deterministic": deterministic}
+
+    def register_default_hooks(self, hooks: dict[str, Hook | dict] | None = None) -> None:
+        """Registers mmengine's default hooks, this package's for checkpoints, and one more.
+
+        `default_hooks.invalid_loss=None` lets a training go on with a loss that is not finite.
+        """
+        hooks = {"invalid_loss": {}, **(hooks or {})}
+        if hooks["invalid_loss"] is None:
+            del hooks["invalid_loss"]
+        elif isinstance(hooks["invalid_loss"], dict):
+            hooks["invalid_loss"] = {"type": StopOnInvalidLoss, **hooks["invalid_loss"]}
+        config = hooks.setdefault("checkpoint", {"type": "CheckpointHook", "interval": 1})
+        if isinstance(config, dict) and _registered(HOOKS, config) is UpstreamCheckpointHook:
+            hooks["checkpoint"] = {**config, "type": CheckpointHook}
+        super().register_default_hooks(hooks)
+        self.register_hook(LeftOutHook())
+
+    def train(self) -> nn.Module:
+        """Trains, from the beginning or from where the checkpoint to resume from was saved."""
+        if self._resume:
+            # The data loader is built before mmengine reads the checkpoint, and needs its seed.
+            self._find_resumed()
+        return super().train()
+
+    def _find_resumed(self) -> None:
+        if self._load_from is None:
+            path, damaged = newest_checkpoint(self.work_dir)
+            for reason in damaged:
+                self.logger.warning(f"passed over: {reason}")
+            if path is None:
+                self.logger.warning(f"no checkpoint in {self.work_dir}, training begins anew.")
+                self._resume = False
+                return
+            self._load_from = str(path)
+        self._resumed = self._read_resumed(self._load_from)
+        meta = self._resumed["meta"]
+        if meta.get("seed", self.seed) != self.seed:
+            self.logger.info(f"random seed {meta['seed']}, as before the interruption")
+            self.set_randomness(**{**self._randomness_cfg, "seed": meta["seed"]})
+
+    def _read_resumed(self, filename: str) -> dict:
+        checkpoint = read_checkpoint(filename)
+        missing = missing_entries(checkpoint)
+        if missing:
+            raise CheckpointError(
+                f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
+                "training, and cannot be resumed from. To start a new training from its weights: "
+                f"--cfg-options load_from={filename}"
+            )
+        return checkpoint
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Builds the training's loop and data loader, which begins where the training does."""
+        if isinstance(loop, dict) and isinstance(self._train_dataloader, dict):
+            loop = dict(loop)
+            if "by_epoch" in loop:
+                by_epoch = loop.pop("by_epoch")
+                loop["type"] = f"{'Epoch' if by_epoch else 'Iter'}BasedTrainLoop"
+            kind = _registered(LOOPS, loop)
+            meta = (self._resumed or {}).get("meta", {})
+            start, by_epoch = 0, True
+            if kind in (UpstreamEpochBasedTrainLoop, EpochBasedTrainLoop):
+                loop["type"], start = EpochBasedTrainLoop, meta.get("epoch_iter", 0)
+            elif kind in (UpstreamIterBasedTrainLoop, IterBasedTrainLoop):
+                loop["type"], start, by_epoch = IterBasedTrainLoop, meta.get("iter", 0), False
+            self._train_dataloader = build_train_dataloader(
+                self._train_dataloader, self.seed, start, by_epoch
+            )
+        return super().build_train_loop(loop)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scales the learning rate to the batch size that all processes have together."""
+        loader = self._train_dataloader
+        # A loader with a batch sampler does not know its batch size, which mmengine asks it for.
+        sampler = getattr(loader, "batch_sampler", None)
+        if getattr(loader, "batch_size", 0) is None and hasattr(sampler, "batch_size"):
+            self._train_dataloader = {"batch_size": sampler.batch_size}
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+        self._train_dataloader = loader
+
+    def resume(self, filename: str, *args, **kwargs) -> None:
+        """Puts model, optimizer, schedulers and counters where a checkpoint left them."""
+        meta = (self._resumed or {}).get("meta", {})
+        super().resume(filename, *args, **kwargs)
+        if isinstance(self.train_loop, EpochBasedTrainLoop):
+            self.train_loop.epoch_iter = meta.get("epoch_iter", 0)
+        before, now = meta.get("processes"), get_world_size()
+        if before not in (None, now):
+            self.logger.warning(
+                f"{filename} was saved by {before} processes and is resumed by {now}: with the "
+                "same batch size per process, every step now sees another number of images."
+            )
+
+    @master_only
+    def save_checkpoint(
+        self, out_dir: str, filename: str, *args, meta: dict | None = None, **kwargs
+    ) -> None:
+        """Saves a checkpoint, which appears under its name when it is whole.
+
+        Args:
+            out_dir: The folder.
+            filename: The file's name.
+            *args: As mmengine's.
+            meta: What else to note; the place within an epoch is added.
+            **kwargs: As mmengine's.
+
+        Raises:
+            CheckpointError: If the file cannot be written, as on a full disk. Files that were
+                there before are as they were.
+        """
+        meta = {**(meta or {}), "processes": get_world_size()}
+        if not kwargs.get("by_epoch", True):
+            meta["epoch_iter"] = getattr(self.train_loop, "epoch_iter", 0)
+        backend = get_file_backend(out_dir, backend_args=kwargs.get("backend_args"))
+        if not isinstance(backend, LocalBackend):
+            super().save_checkpoint(out_dir, filename, *args, meta=meta, **kwargs)
+            return
+        path = Path(out_dir) / filename
+        unfinished = path.with_name(path.name + UNFINISHED)
+        try:
+            super().save_checkpoint(out_dir, unfinished.name, *args, meta=meta, **kwargs)
+            with unfinished.open("rb") as file:
+                # The name must not reach the disk before the content.
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"checkpoint {path} was not written: {error.strerror or error}. The training ends "
+                "here; earlier checkpoints are as they were. Make room, or give another "
+                "--work-dir, and go on with --resume."
+            ) from error
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wraps the model for data parallelism, with what the CPU needs where it runs there."""
@@ -119,14 +296,12 @@ class StrictRunner(Runner):
                 from and holds weights alone. The model is unchanged.
         """
         del map_location, strict, revise_keys
-        checkpoint = read_checkpoint(filename)
-        missing = [entry for entry in RESUME_ENTRIES if entry not in checkpoint]
-        if self._resume and missing:
-            raise CheckpointError(
-                f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
-                "training, and cannot be resumed from. To start a new training from its weights: "
-                f"--cfg-options load_from={filename}"
-            )
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is None:
+            checkpoint = read_checkpoint(filename)
+        if isinstance(checkpoint.get("meta"), dict):
+            # mmengine's resume would run the config, which is Python, that old files have here.
+            checkpoint["meta"].pop("config", None)
         checkpoint["state_dict"] = model_weights(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         ignore = () if self._resume else self.cfg.get("load_ignore") or ()
@@ -156,6 +331,12 @@ class StrictRunner(Runner):
             prefix = f"{cfg['prefix'].rstrip('.')}." if cfg.get("prefix") else ""
             state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
             load_strictly(model, state, cfg["checkpoint"], self.cfg.get("load_ignore") or ())
+
+
+def _registered(registry: Registry, config: dict) -> type | None:
+    """The class that a config names, None if there is none."""
+    kind = config.get("type")
+    return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def model_weights(checkpoint: dict, source: str) -> dict[str, Tensor]:

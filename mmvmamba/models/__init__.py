@@ -13,6 +13,7 @@ __all__ = ["MM_VSSM", "VMamba"]
 NEED_UPSTREAM = {
     "VMambaClsHead": ("mmvmamba.models.cls_head", "mmpretrain", "cls"),
     "Float32RPNHead": ("mmvmamba.models.float32_heads", "mmdet", "det"),
+    "Float32RetinaHead": ("mmvmamba.models.float32_heads", "mmdet", "det"),
     "Float32RoIExtractor": ("mmvmamba.models.float32_heads", "mmdet", "det"),
 }
 

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
-from zoo import CONFIGS, PROJECT, batch, build, load, on_the_cpu, plain, shrink
+from zoo import CONFIGS, PROJECT, batch, build, each_step, load, plain, shrink
 
 by_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 
@@ -17,7 +17,7 @@ def test_a_training_step_and_a_prediction(path):
     torch.manual_seed(0)
     cfg = shrink(load(path))
     model = build(cfg)
-    optim_wrapper = build_optim_wrapper(model, on_the_cpu(cfg.optim_wrapper))
+    optim_wrapper = build_optim_wrapper(model, each_step(cfg.optim_wrapper))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = model.train().train_step(batch(cfg), optim_wrapper)
     assert torch.isfinite(losses["loss"])

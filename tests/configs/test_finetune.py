@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zoo import PROJECT, build, load, on_the_cpu, shrink
+from zoo import PROJECT, build, each_step, load, shrink
 
 from mmvmamba.engine import cli
 from mmvmamba.models.checkpoint import CheckpointError
@@ -87,7 +87,7 @@ def task(request, sample_data, tmp_path):
 def tiny(cfg):
     """A config that trains for two steps on small images."""
     shrink(cfg)
-    on_the_cpu(cfg.optim_wrapper)
+    each_step(cfg.optim_wrapper)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
         for step in loader.dataset.pipeline:

@@ -3,14 +3,19 @@
 import pytest
 import torch
 from mmengine.hub import get_config
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
-from zoo import CONFIGS, batch, build, load, on_the_cpu, plain, shrink
+from zoo import CONFIGS, batch, build, each_step, load, plain, shrink
 
 from mmvmamba.engine.tasks import enable_tta
 
 IMPROVED = [path for path in CONFIGS if "improved" in path.stem]
 MULTI_SCALE = [path for path in CONFIGS if "ms-crop" in path.stem]
 SEGMENTORS = [path for path in CONFIGS if load(path).default_scope == "mmseg"]
+
+
+# Folder -> largest norm of the gradients, as in the upstream recipes that these follow.
+CLIPPED = {"dino": 0.1, "mask2former": 0.01}
 
 
 def by_name(paths):
@@ -48,13 +53,14 @@ def test_improved_recipes_train_in_bfloat16(path):
     cfg = shrink(load(path))
     assert cfg.optim_wrapper.dtype == "bfloat16"
     model = build(cfg).train()
-    optim_wrapper = build_optim_wrapper(model, on_the_cpu(cfg.optim_wrapper))
+    optim_wrapper = build_optim_wrapper(model, each_step(cfg.optim_wrapper))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        data = model.data_preprocessor(batch(cfg), training=True)
-        loss, _ = model.parse_losses(model(**data, mode="loss"))
-    optim_wrapper.update_params(loss)
-    assert torch.isfinite(loss)
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *values: seen.add(values[-1].dtype))
+    assert torch.isfinite(model.train_step(batch(cfg), optim_wrapper)["loss"])
+    assert seen == {torch.bfloat16}
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert "backbone.layers.0.blocks.0.op.A_logs" in changed
 
@@ -64,7 +70,7 @@ def test_improved_recipes_decay_rates_by_layer_and_spare_the_state_space(path):
     cfg = shrink(load(path))
     base = cfg.optim_wrapper.optimizer
     model = build(cfg)
-    optimizer = build_optim_wrapper(model, on_the_cpu(cfg.optim_wrapper)).optimizer
+    optimizer = build_optim_wrapper(model, each_step(cfg.optim_wrapper)).optimizer
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {names[group["params"][0]]: group for group in optimizer.param_groups}
     assert set(groups) == set(names.values())
@@ -80,3 +86,40 @@ def test_improved_recipes_decay_rates_by_layer_and_spare_the_state_space(path):
         if spared:
             assert group["weight_decay"] == 0.0, name
     assert groups["backbone.layers.2.blocks.0.op.in_proj.weight"]["weight_decay"] == 0.05
+
+
+def test_recipes_clip_gradients_as_their_sources_do():
+    """The paper's classifiers were trained with clipping, its detectors and segmentors without."""
+    for path in CONFIGS:
+        cfg, folder = load(path), path.parent.name
+        if folder in ("sample", "finetune"):
+            continue
+        expected = CLIPPED.get(folder)
+        if path in IMPROVED or (cfg.default_scope == "mmpretrain" and "linear" not in path.stem):
+            expected = 5.0
+        found = cfg.optim_wrapper.get("clip_grad") or {}
+        assert found.get("max_norm") == expected, path
+
+
+@by_name([*IMPROVED, *(path for path in CONFIGS if path.parent.name in (*CLIPPED, "sample"))])
+def test_gradients_are_clipped(path):
+    """Of a loss a million times as large, an update sees gradients of the recipe's norm."""
+    torch.manual_seed(0)
+    cfg = shrink(load(path))
+    limit = cfg.optim_wrapper.clip_grad.max_norm
+    model = build(cfg).train()
+    optim_wrapper = build_optim_wrapper(model, each_step(cfg.optim_wrapper))
+    norms = []
+
+    def look(*_):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    optim_wrapper.optimizer.register_step_pre_hook(look)
+    with optim_wrapper.optim_context(model):
+        data = model.data_preprocessor(batch(cfg), training=True)
+        loss, _ = model.parse_losses(model(**data, mode="loss"))
+    optim_wrapper.update_params(1e6 * loss)
+    # Sums of float32 numbers, scaled by a factor of float32.
+    assert norms == [pytest.approx(limit, rel=1e-4)]
+    assert MessageHub.get_current_instance().get_scalar("train/grad_norm").current() > 10 * limit

@@ -93,15 +93,8 @@ def build(cfg: Config) -> nn.Module:
     return revert_sync_batchnorm(MODELS.build(cfg.model | {"_scope_": cfg.default_scope}))
 
 
-def on_the_cpu(optim_wrapper: ConfigDict) -> ConfigDict:
-    """Settings of the same optimizer that run here and update in every step.
-
-    mmengine's mixed precision needs an accelerator.
-    """
-    if optim_wrapper.get("type") == "AmpOptimWrapper":
-        optim_wrapper.type = "OptimWrapper"
-        for key in ("dtype", "loss_scale"):
-            optim_wrapper.pop(key, None)
+def each_step(optim_wrapper: ConfigDict) -> ConfigDict:
+    """Settings of the same optimizer that update in every step."""
     optim_wrapper.pop("accumulative_counts", None)
     return optim_wrapper
 

@@ -50,11 +50,14 @@ def test_the_backbone_builds_from_each_registry_without_an_import(scope, tmp_pat
     assert "built" in run_python("-c", BUILD, scope, cwd=tmp_path).stdout
 
 
-def test_upstreams_own_train_tool_runs_a_config_with_our_backbone(sample_data, tmp_path):
-    (tmp_path / "toy.py").write_text(TOY.format(root=f"{sample_data}/coco/"))
+@pytest.mark.parametrize("runner", ["mmengine's", "ours"])
+def test_upstreams_own_train_tool_runs_a_config_with_our_backbone(runner, sample_data, tmp_path):
+    ours = "runner_type = 'mmvmamba.StrictRunner'\n" if runner == "ours" else ""
+    (tmp_path / "toy.py").write_text(TOY.format(root=f"{sample_data}/coco/") + ours)
     tool = Path(find_spec("mmdet").origin).parent / ".mim/tools/train.py"
-    run_python(tool, "toy.py", "--work-dir", "out", cwd=tmp_path)
+    done = run_python(tool, "toy.py", "--work-dir", "out", cwd=tmp_path)
     assert (tmp_path / "out/epoch_1.pth").is_file()
+    assert ("StopOnInvalidLoss" in done.stdout) == bool(ours)
 
 
 def test_a_config_of_another_project_inherits_from_ours(tmp_path):

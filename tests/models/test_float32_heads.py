@@ -76,3 +76,28 @@ def test_proposals_are_float32_under_autocast():
             scores, offsets, batch_img_metas=[{"img_shape": (256, 256)}] * 2
         )
     assert proposals.bboxes.dtype == torch.float32
+
+
+def test_one_stage_boxes_are_float32_under_autocast():
+    head = MODELS.build(
+        ConfigDict(
+            type="mmvmamba.Float32RetinaHead",
+            _scope_="mmdet",
+            num_classes=2,
+            in_channels=4,
+            feat_channels=4,
+            stacked_convs=1,
+            anchor_generator={
+                "type": "AnchorGenerator",
+                "scales": [4],
+                "ratios": [1.0],
+                "strides": [4, 8],
+            },
+        )
+    )
+    seen = []
+    head.retina_cls.register_forward_hook(lambda *values: seen.append(values[-1].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, offsets = head(maps(torch.float32))
+    assert set(seen) == {torch.bfloat16}
+    assert {x.dtype for x in (*scores, *offsets)} == {torch.float32}

@@ -71,9 +71,15 @@ def test_one_machine_takes_a_free_port(project, tmp_path, recorded_python):
     done = bash(project / "tools/dist_train.sh", "config.py", "2", "--amp", cwd=tmp_path)
     words = done.stdout.split()
     assert "--standalone" in words
-    assert words[words.index("--nproc_per_node=2") + 1 :][1:5] == [
-        *("config.py", "--amp", "--launcher", "pytorch")
-    ]
+    assert words[words.index("--nproc_per_node=2") + 1] == "--max_restarts=0"
+    script = words.index(str(project / "tools/train.py"))
+    assert words[script + 1 : script + 5] == ["config.py", "--amp", "--launcher", "pytorch"]
+
+
+def test_restarts_are_passed_on(project, tmp_path, recorded_python):
+    script = project / "tools/dist_train.sh"
+    done = bash(script, "config.py", "2", "--resume", cwd=tmp_path, MAX_RESTARTS="7")
+    assert "--max_restarts=7" in done.stdout.split()
 
 
 def test_several_machines_meet_where_they_are_told(project, tmp_path, recorded_python):

@@ -9,4 +9,7 @@ model = dict(
         init_cfg=dict(type="Pretrained", checkpoint={{_base_.vmamba_weights.tiny_s1l8}}),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
+    # Boxes stay in float32 under mixed precision; without it nothing differs.
+    rpn_head=dict(type="mmvmamba.Float32RPNHead"),
+    roi_head=dict(bbox_roi_extractor=dict(type="mmvmamba.Float32RoIExtractor")),
 )

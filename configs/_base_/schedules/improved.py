@@ -3,10 +3,12 @@
 # norms, biases and the state-space parameters. The rate 0.9 leaves the stem of VMamba-T a fifth.
 improved_optim_wrapper = dict(
     _delete_=True,
-    type="AmpOptimWrapper",
+    type="mmvmamba.AmpOptimWrapper",
     dtype="bfloat16",
     loss_scale=1.0,
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    # As classifiers are trained; the paper's detectors and segmentors were not clipped.
+    clip_grad=dict(max_norm=5.0),
     constructor="mmvmamba.LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(
         layer_decay_rate=0.9,

@@ -1,0 +1,319 @@
+"""What a data set holds: damage is refused by its file's name, what is left out is counted.
+
+Upstream's data sets leave images and annotations out without a word, draw another image in place of
+one that their pipeline gives nothing for, and name no file in most errors. Their ways stay as they
+are: `build_dataloader` looks at the files before and at the data sets after.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmengine.dataset import BaseDataset, Compose
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from mmvmamba.engine.coco_file import Listed, read_coco
+from mmvmamba.engine.data import unwrap
+from mmvmamba.engine.errors import DataError
+
+# Before its version 5, OpenCV makes up what a JPEG lacks, in gray.
+OPENCV_FILLS_UP = int(cv2.__version__.split(".")[0]) < 5
+
+
+def build_dataloader(
+    config: DataLoader | dict,
+    seed: int | None = None,
+    diff_rank_seed: bool = False,
+    training: bool = False,
+) -> DataLoader:
+    """Builds a data loader as mmengine does, over data sets that are counted and checked.
+
+    Args:
+        config: As mmengine's `Runner.build_dataloader` takes it.
+        seed: As mmengine's.
+        diff_rank_seed: As mmengine's.
+        training: Whether another image may stand in for one that the pipeline gives nothing for, as
+            in a training. Upstream's classifiers do so in their tests too.
+
+    Raises:
+        DataError: If an annotation file cannot be read or holds what upstream does not survive, or
+            nothing is left of a data set. Iterating the loader raises it for a file that cannot be
+            used: see `CheckedPipeline`.
+    """
+    if isinstance(config, DataLoader):
+        return config
+    files = {_annotations(one): one for one in _local_configs(config)}
+    listed = {}
+    for path, one in files.items():
+        # One process speaks for all, which it holds up until it is done.
+        if path and path.suffix == ".json" and path.is_file() and is_main_process():
+            steps = (step for step in one.get("pipeline", ()) if isinstance(step, dict))
+            masks = any(step.get("with_mask") for step in steps)
+            listed[path] = read_coco(path, masks_evaluated=masks and not training)
+    try:
+        loader = Runner.build_dataloader(config, seed, diff_rank_seed)
+    except (ValueError, LookupError, AssertionError, RuntimeError) as error:
+        reason = str(error)
+        if "need at least one array" in reason:
+            reason = (
+                "nothing is left of it. Check the paths, the suffixes of the files, the classes' "
+                "names and filter_cfg."
+            )
+        names = [str(path or one.get("data_root")) for path, one in files.items()]
+        raise DataError(f"the data set {', '.join(names)} cannot be used: {reason}") from error
+    for dataset in base_datasets(loader.dataset):
+        if isinstance(dataset.pipeline, Compose):
+            dataset.pipeline = CheckedPipeline(dataset, training)
+        if is_main_process():
+            _log_size(dataset, listed.get(Path(dataset.ann_file)))
+    return loader
+
+
+def base_datasets(dataset: Dataset) -> Iterator[BaseDataset]:
+    """Yields the data sets inside wrappers (RepeatDataset, ConcatDataset, ...)."""
+    if isinstance(dataset, BaseDataset):
+        yield dataset
+        return
+    for name in ("dataset", "_dataset", "datasets"):
+        inner = getattr(dataset, name, None) or ()
+        for one in inner if isinstance(inner, list | tuple) else (inner,):
+            yield from base_datasets(one)
+
+
+def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
+    """Logs how much of what a data set lists is used, and what is left out."""
+    where = dataset.ann_file or ", ".join(str(p) for p in dataset.data_prefix.values() if p)
+    used, left_out = len(dataset), {}
+    text = f"{type(dataset).__name__} ({where}): "
+    if listed:
+        infos = (dataset.get_data_info(index) for index in range(used))
+        instances = sum(len(info.get("instances", ())) for info in infos)
+        text += f"{used} of {listed.images} images and {instances} of {listed.annotations} objects"
+        left_out = {
+            "images (smaller than filter_cfg allows, or without an object)": listed.images - used,
+            "objects (to be ignored, of another class, of no listed image, smaller than a pixel or "
+            "outside of their image)": listed.annotations - instances,
+            "masks without a polygon of three points, as crowds": listed.shapeless,
+        }
+    else:
+        text += f"{used} images"
+        if not dataset.ann_file and not getattr(dataset, "backend_args", None):
+            left_out = {"other files in their folders": _other_files(dataset)}
+    text += " are used"
+    left_out = [f"{count} {what}" for what, count in left_out.items() if count > 0]
+    if left_out:
+        text += f"; left out: {', '.join(left_out)}"
+    print_log(text, logger="current", level=logging.WARNING if left_out else logging.INFO)
+
+
+def _other_files(dataset: BaseDataset) -> int:
+    """How many files there are beyond one per image, in the folders of a data set without a list.
+
+    The data set itself has walked through them.
+    """
+    folders = {Path(prefix).resolve() for prefix in dataset.data_prefix.values() if prefix}
+    found = [sum(len(files) for _, _, files in os.walk(folder)) for folder in folders]
+    return sum(max(0, count - len(dataset)) for count in found)
+
+
+def _local_configs(config: dict) -> Iterator[dict]:
+    for dataset in unwrap(config.get("dataset")):
+        if isinstance(dataset, dict) and not dataset.get("backend_args"):
+            yield dataset
+
+
+def _annotations(dataset: dict) -> Path | None:
+    """The annotation file of a data set's config, joined as mmengine joins it."""
+    root, name = Path(dataset.get("data_root") or ""), str(dataset.get("ann_file") or "")
+    # Where mmpretrain's ImageNet looks.
+    derived = root / "meta" / f"{dataset.get('split')}.txt"
+    return root / name if name else derived if derived.is_file() else None
+
+
+class CheckedPipeline(Compose):
+    """A data set's pipeline that names the file in every error, and counts what it leaves out.
+
+    Raises a `DataError` for images that cannot be read or have another size than their annotations
+    say, for labels of no class, and where a test, or `max_refetch` images one after the other,
+    would get nothing.
+
+    Args:
+        dataset: The data set, whose pipeline is taken over.
+        training: See `build_dataloader`.
+    """
+
+    def __init__(self, dataset: BaseDataset, training: bool):
+        self.transforms = dataset.pipeline.transforms
+        self.training = training
+        self.patience = dataset.max_refetch
+        self.classes = len(dataset.metainfo.get("classes") or ())
+        # Only mmseg's data sets give maps whose labels are those of `classes`.
+        self.ignore_index = getattr(dataset, "ignore_index", None)
+        # Data loaders' workers add to it too.
+        self.left_out = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._in_a_row = 0
+
+    def __call__(self, data: dict) -> dict | None:
+        """Applies the transforms.
+
+        Args:
+            data: The sample's paths and annotations.
+
+        Returns:
+            The sample, or None if a transform gave none.
+
+        Raises:
+            DataError: See the class.
+        """
+        file = str(data.get("img_path") or f"sample {data.get('sample_idx')}")
+        if data.get("seg_map_path"):
+            file += f" with {data['seg_map_path']}"
+        step = "its annotations"
+        try:
+            self._check_label(data)
+            for transform in self.transforms:
+                step = type(transform).__name__
+                before = set(data)
+                data = transform(data)
+                if data is None:
+                    self._leave_out(step)
+                    return None
+                self._check_loaded(data, set(data) - before)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{file} cannot be used: {step} failed with {reason}") from error
+        self._in_a_row = 0
+        return data
+
+    def _leave_out(self, step: str) -> None:
+        if not self.training:
+            raise DataError(f"{step} gave nothing, and a test leaves no image out.")
+        self.left_out += 1
+        self._in_a_row += 1
+        if self._in_a_row > self.patience:
+            raise DataError(
+                f"this is image number {self._in_a_row} in a row for which the pipeline gives "
+                f"nothing ({step})."
+            )
+
+    def _check_label(self, data: dict) -> None:
+        labels = np.atleast_1d(data.get("gt_label", ()))
+        if self.classes and labels.dtype.kind in "iu":
+            wrong = labels[(labels < 0) | (labels >= self.classes)]
+            if wrong.size:
+                raise DataError(
+                    f"its label {wrong[0]} is of no class: there are {self.classes}, from 0 on."
+                )
+
+    def _check_loaded(self, data: dict, new: set[str]) -> None:
+        if "img" in new and OPENCV_FILLS_UP and _is_cut(str(data.get("img_path"))):
+            raise DataError("the image is cut short.")
+        if "ori_shape" in new and {"height", "width", "instances"} <= data.keys():
+            listed = data["height"], data["width"]
+            if tuple(data["ori_shape"][:2]) != listed:
+                raise DataError(
+                    f"the image has {_size(data['ori_shape'])} pixels (height x width, turned as "
+                    f"its EXIF data say), its annotations are for {_size(listed)}."
+                )
+        if "gt_seg_map" in new and self.ignore_index is not None:
+            self._check_map(data)
+
+    def _check_map(self, data: dict) -> None:
+        seg_map, path = data["gt_seg_map"], data.get("seg_map_path")
+        shape = data.get("ori_shape", seg_map.shape)[:2]
+        if seg_map.shape != tuple(shape):
+            raise DataError(
+                f"its annotation {path} has {_size(seg_map.shape)} pixels, the image has "
+                f"{_size(shape)}. An annotation is one channel of the image's size."
+            )
+        if path and os.path.isfile(path):
+            with Image.open(path) as image:
+                if image.mode not in ("1", "L", "P"):
+                    raise DataError(
+                        f"its annotation {path} is of the kind {image.mode!r}; expected 8 bits per "
+                        "pixel, since mmseg cuts labels to them."
+                    )
+        if not self.classes:
+            return
+        counts = cv2.calcHist([seg_map], [0], None, [256], [0, 256]).ravel()
+        counts[: self.classes] = 0
+        counts[self.ignore_index % 256] = 0
+        if counts.any():
+            labels = np.flatnonzero(counts)
+            zero = " (one more in the file: reduce_zero_label)" * bool(
+                data.get("reduce_zero_label")
+            )
+            raise DataError(
+                f"its annotation {path} has {int(counts.sum())} pixels of no class: labels "
+                f"{', '.join(map(str, labels[:8]))}{zero}. There are {self.classes} classes from 0 "
+                f"on, and {self.ignore_index} for none."
+            )
+
+
+def _is_cut(path: str) -> bool:
+    """Whether a JPEG on the local disk ends before its end."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        if file.read(2) != b"\xff\xd8":
+            return False
+        file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)
+        if b"\xff\xd9" in file.read():
+            return False
+    try:
+        # Its end mark may also stand before something else.
+        with Image.open(path) as image:
+            image.load()
+    except OSError:
+        return True
+    return False
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+class LeftOutHook(Hook):
+    """Logs how many images a training's pipelines have left out, in whose place others were drawn.
+
+    Args:
+        interval: Steps between two looks; each epoch's and the training's end are looked at too.
+    """
+
+    def __init__(self, interval: int = 1000):
+        self.interval = interval
+        self._known = 0
+
+    def after_train_iter(self, runner, *_args, **_kwargs) -> None:
+        """Looks, if it is time."""
+        if self.every_n_train_iters(runner, self.interval):
+            self._log(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        """Looks."""
+        self._log(runner)
+
+    def after_train(self, runner) -> None:
+        """Looks."""
+        self._log(runner)
+
+    def _log(self, runner) -> None:
+        pipelines = [d.pipeline for d in base_datasets(runner.train_dataloader.dataset)]
+        count = sum(int(p.left_out) for p in pipelines if isinstance(p, CheckedPipeline))
+        if count > self._known:
+            self._known = count
+            runner.logger.warning(
+                f"{count} times so far the pipeline gave nothing for an image, and another was "
+                "drawn in its place"
+            )

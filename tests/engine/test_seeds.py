@@ -1,0 +1,115 @@
+"""Samples and steps draw random numbers that depend on their place in a training alone."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from mmdet.datasets.samplers import AspectRatioBatchSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import Dataset
+
+from mmvmamba.engine.seeds import build_train_dataloader, seed_step
+
+SIZE, BATCH = 12, 2
+
+
+class Noisy(Dataset):
+    """A data set whose samples are their indices and what the three generators gave."""
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, index: int) -> tuple:
+        assert type(index) is int
+        drawn = random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+        return index, *drawn
+
+    def get_data_info(self, index: int) -> dict:
+        return {"width": 2 + index % 3, "height": 3}
+
+
+def passes(number=1, rank=0, world_size=1, monkeypatch=None, **options) -> list[list]:
+    """The batches of a data loader's passes, in the process of a rank."""
+    if monkeypatch:
+        for module in ("mmengine.dataset.sampler", "mmvmamba.engine.seeds"):
+            monkeypatch.setattr(f"{module}.get_dist_info", lambda: (rank, world_size))
+    start, by_epoch = options.pop("start", 0), options.pop("by_epoch", True)
+    seed = options.pop("seed", 5)
+    config = {
+        "dataset": Noisy(),
+        "batch_size": BATCH // world_size,
+        "num_workers": 0,
+        "sampler": {"type": DefaultSampler, "shuffle": True},
+        "collate_fn": {"type": "pseudo_collate"},
+        **options,
+    }
+    loader = build_train_dataloader(config, seed, start, by_epoch)
+    result = []
+    for epoch in range(number):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        # mmengine's collation gives one list per part of the samples.
+        batches = islice(loader, 2 * SIZE // BATCH)
+        result.append([tuple(zip(*batch, strict=True)) for batch in batches])
+    return result
+
+
+def test_epochs_differ_and_runs_do_not():
+    first, second = passes(2)
+    assert sorted(index for batch in first for index, *_ in batch) == list(range(SIZE))
+    assert first != second
+    assert passes(2) == [first, second]
+    assert passes(2, seed=6) != [first, second]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_the_same_samples(workers):
+    persistent = {"num_workers": workers, "persistent_workers": True}
+    assert passes(2, **persistent) == passes(2)
+
+
+@pytest.mark.parametrize("sampler", [DefaultSampler, InfiniteSampler])
+def test_two_processes_share_the_samples_of_one(monkeypatch, sampler):
+    kind = {"sampler": {"type": sampler, "shuffle": True}}
+    (whole,) = passes(**kind)
+    shares = [passes(rank=r, world_size=2, monkeypatch=monkeypatch, **kind)[0] for r in (0, 1)]
+    together = [sorted(one + other) for one, other in zip(*shares, strict=True)]
+    assert together == [sorted(batch) for batch in whole]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_workers": 2},
+        {"batch_sampler": {"type": AspectRatioBatchSampler}},
+        {"drop_last": True, "batch_size": 5},
+        {"sampler": {"type": InfiniteSampler, "shuffle": True}, "by_epoch": False},
+    ],
+    ids=["plain", "workers", "aspect ratios", "drop last", "infinite"],
+)
+def test_a_later_start_leaves_out_what_was_seen(options):
+    whole, following = passes(2, **options)
+    rest, following_too = passes(2, start=2, **options)
+    if options.get("by_epoch", True):
+        assert rest == whole[2:]
+        assert following_too == following
+    else:
+        # What never ends is looked at in passes of one length.
+        assert rest[:-2] == whole[2:]
+
+
+def test_iterations_over_a_finite_sampler_start_in_their_epoch():
+    first, second = passes(2)
+    (rest,) = passes(1, start=len(first) + 2, by_epoch=False)
+    assert rest == second[2:]
+
+
+def test_steps_of_all_places_differ():
+    drawn = set()
+    for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        for _ in range(2):
+            seed_step(*place)
+            drawn.add((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
+    assert len(drawn) == 4

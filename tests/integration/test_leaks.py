@@ -1,0 +1,145 @@
+"""Long runs hold no more at their end than at their beginning: memory, files, threads, kernels."""
+
+import collections
+import importlib
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from leaks import Sample, mallinfo2
+from tiny import run_python
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mmvmamba.models import VMamba
+
+WINDOWS = 4
+
+needs_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or mallinfo2() is None,
+    reason="what malloc has given out is asked of glibc 2.33 or later",
+)
+
+
+def record(run: str, steps: int, folder: Path, sample_data: Path, **environment) -> list[Sample]:
+    """The samples of a run in a process of its own."""
+    program, out = Path(__file__).with_name("leaks.py"), folder / "samples.jsonl"
+    run_python(program, run, str(steps), out, sample_data, cwd=folder, timeout=7200, **environment)
+    return Sample.read(out)
+
+
+def excesses(samples: list[Sample], warm_up: int, bounds: dict[str, float]) -> dict[str, float]:
+    """What grew by more than it may from the window after the warm-up to the last one.
+
+    Args:
+        samples: All samples, of which the windows are quarters.
+        warm_up: How many windows pass before the first that counts.
+        bounds: The most that may come on top, by the names of `Sample`'s fields.
+    """
+    size = len(samples) // WINDOWS
+    first, last = samples[warm_up * size : (warm_up + 1) * size], samples[-size:]
+    growth = {
+        name: statistics.median(getattr(sample, name) for sample in last)
+        - statistics.median(getattr(sample, name) for sample in first)
+        for name in bounds
+    }
+    return {name: found for name, found in growth.items() if found > bounds[name]}
+
+
+# PyTorch's and oneDNN's caches of compiled products and convolutions hold 1,024 each, and sizes are
+# new in every step: in short runs they are made so small that they are soon full.
+SMALL_CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# In MiB and numbers. What malloc has given out moves by a tenth of a MiB; kernels are of several
+# sizes. Free parts of the heap are resident too, and blocks of ever other sizes fragment it.
+SHORT = {"allocated": 1.0, "resident": 32.0, "compiled": 8.0, "files": 0, "threads": 0}
+# mmengine keeps every value that it logs, by design, in a training.
+LONG = SHORT | {"allocated": 4.0, "resident": 160.0}
+STEPS = {"train": 2000, "infer": 5000}
+
+
+@needs_glibc
+@pytest.mark.parametrize(
+    ("run", "steps"),
+    [("train-backbone", 60), ("infer-backbone", 150), ("train-mmseg", 60), ("infer-mmdet", 150)],
+)
+def test_nothing_is_left_behind(run, steps, sample_data, tmp_path):
+    samples = record(run, steps, tmp_path, sample_data, **SMALL_CACHES)
+    assert not excesses(samples, 2, SHORT)
+
+
+@needs_glibc
+def test_what_is_left_behind_is_noticed(sample_data, tmp_path):
+    samples = record("leak-backbone", 40, tmp_path, sample_data, **SMALL_CACHES)
+    assert {"allocated", "files", "threads"} <= set(excesses(samples, 2, SHORT))
+
+
+@needs_glibc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["backbone", "mmdet", "mmseg", "mmpretrain"])
+@pytest.mark.parametrize("what", STEPS)
+def test_nothing_is_left_behind_in_a_long_run(what, name, sample_data, tmp_path):
+    samples = record(f"{what}-{name}", STEPS[what], tmp_path, sample_data)
+    assert not excesses(samples, 1, LONG)
+
+
+def test_triton_compiles_no_kernel_for_a_size_of_images(monkeypatch):
+    """Kernels are compiled for what is constant in them, and for kinds of numbers among arguments.
+
+    Nothing is launched: without a GPU, what would be is recorded.
+    """
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+    # Before the variable below is set: Triton looks at it when it meets a kernel.
+    for module in ("selective_scan_2d", "layer_norm", "depthwise_conv"):
+        importlib.import_module(f"mmvmamba_kernels.{module}.triton_impl")
+    launched = collections.defaultdict(set)
+
+    def record_launch(self, *arguments, grid, warmup, **options):
+        constants = tuple(sorted((name, str(value)) for name, value in options.items()))
+        launched[self.fn.__name__].add((constants, tuple(map(specialisation, arguments))))
+
+    monkeypatch.setattr(jit.JITFunction, "run", record_launch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MMVMAMBA_KERNELS_BACKEND", "triton")
+    model = VMamba({"dims": 16, "depths": (1, 1)}, drop_path_rate=0.0)
+    counts = []
+    random.seed(0)
+    for _ in range(2):
+        for _ in range(100):
+            image = torch.randn(1, 3, random.randint(32, 256), random.randint(32, 256))
+            sum(out.sum() for out in model(image)).backward()
+        counts.append(
+            {
+                name: (len({constants for constants, _ in seen}), len(seen))
+                for name, seen in launched.items()
+            }
+        )
+    assert counts[0]
+    for name, (constants, variants) in counts[1].items():
+        # Constants come from the model, and not one more from a hundred further sizes.
+        assert constants == counts[0][name][0], name
+        # Numbers are compiled for being 1, a multiple of 16, or neither.
+        assert variants <= 16 * constants, name
+
+
+def specialisation(argument) -> str:
+    """What Triton compiles a kernel for, of an argument that is not a constant of it."""
+    if isinstance(argument, torch.Tensor):
+        return f"{argument.dtype} {argument.data_ptr() % 16 == 0}"
+    if isinstance(argument, int):
+        return f"{argument == 1} {argument % 16 == 0} {abs(argument) < 2**31}"
+    return type(argument).__name__
+
+
+def test_torch_compiles_a_bounded_number_of_graphs():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0)
+    model.compile(backend=counter)
+    random.seed(0)
+    for _ in range(30):
+        image = torch.randn(1, 3, 4 * random.randint(8, 64), 4 * random.randint(8, 64))
+        sum(out.sum() for out in model(image)).backward()
+    assert 1 <= counter.frame_count <= torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
