@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmengine.device import get_device
-from mmengine.dist import get_world_size, master_only
+from mmengine.dist import all_gather_object, get_world_size, master_only
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
 from mmengine.hooks import Hook
@@ -105,7 +105,19 @@ class StrictRunner(Runner):
         if self._resume:
             # The data loader is built before mmengine reads the checkpoint, and needs its seed.
             self._find_resumed()
+        self._check_start()
         return super().train()
+
+    def _check_start(self) -> None:
+        """Refuses processes that begin in different places: their weights would stay different."""
+        meta = (self._resumed or {}).get("meta", {})
+        starts = all_gather_object((meta.get("epoch", 0), meta.get("iter", 0)))
+        if len(set(starts)) > 1:
+            places = ", ".join(f"{rank}: {e}, {i}" for rank, (e, i) in enumerate(starts))
+            raise UsageError(
+                "the processes do not resume from the same checkpoint (process: epoch, iteration "
+                f"{places}). All machines must see one work directory, or copies of it."
+            )
 
     def _find_resumed(self) -> None:
         if self._load_from is None:

@@ -239,6 +239,36 @@ def test_a_full_disk_ends_the_training_and_no_checkpoint(training, small_disk):
     assert newest_checkpoint(work_dir) == (work_dir / "iter_11.pth", [])
 
 
+# A process that sees another work directory, as on a machine with a disk of its own.
+APART = """
+import os, sys
+from mmvmamba.engine import cli
+
+if os.environ["RANK"] == "1":
+    sys.argv[sys.argv.index("--work-dir") + 1] += "_of_its_own"
+cli.train_main()
+"""
+
+
+def test_processes_that_would_begin_in_different_places_are_refused(training):
+    script = training.folder / "apart.py"
+    script.write_text(APART)
+    launcher = ["-m", "mmvmamba.engine.launch", "--standalone", "--local-addr=127.0.0.1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, *launcher, "--nproc_per_node=2", script),
+            *(*training.arguments, "--launcher", "pytorch"),
+        ],
+        env=clean_environment(),
+        cwd=training.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "do not resume from the same checkpoint" in done.stderr
+    assert "0: 5, 11, 1: 0, 0" in done.stderr
+
+
 def losses(training: Training) -> list[float]:
     lines = (line for p in training.work_dir.rglob("scalars.json") for line in p.open())
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
