@@ -190,6 +190,7 @@ def train_config(options: argparse.Namespace) -> Config:
 
 def _enable_amp(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
+    wrapper = getattr(wrapper, "__name__", wrapper)
     if wrapper.removeprefix("mmvmamba.") not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(f"--amp works with OptimWrapper; the config has {wrapper}.")
     cfg.optim_wrapper.type = "mmvmamba.AmpOptimWrapper"

@@ -5,6 +5,7 @@ one that their pipeline gives nothing for, and name no file in most errors. Thei
 are: `build_dataloader` looks at the files before and at the data sets after.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +29,9 @@ from mmvmamba.engine.errors import DataError
 
 # Before its version 5, OpenCV makes up what a JPEG lacks, in gray.
 OPENCV_FILLS_UP = int(cv2.__version__.split(".")[0]) < 5
+
+# What the system says of a file that is not there, or None where a library found fault with it.
+NO_SUCH_FILE = (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR)
 
 
 def build_dataloader(
@@ -55,14 +60,14 @@ def build_dataloader(
     listed = {}
     for path, one in files.items():
         # One process speaks for all, which it holds up until it is done.
-        if path and path.suffix == ".json" and path.is_file() and is_main_process():
+        if path and path.is_file() and _is_coco(one) and is_main_process():
             steps = (step for step in one.get("pipeline", ()) if isinstance(step, dict))
             masks = any(step.get("with_mask") for step in steps)
             listed[path] = read_coco(path, masks_evaluated=masks and not training)
     try:
         loader = Runner.build_dataloader(config, seed, diff_rank_seed)
     except (ValueError, LookupError, AssertionError, RuntimeError) as error:
-        reason = str(error)
+        reason = f"{type(error).__name__}: {error}"
         if "need at least one array" in reason:
             reason = (
                 "nothing is left of it. Check the paths, the suffixes of the files, the classes' "
@@ -74,7 +79,7 @@ def build_dataloader(
         if isinstance(dataset.pipeline, Compose):
             dataset.pipeline = CheckedPipeline(dataset, training)
         if is_main_process():
-            _log_size(dataset, listed.get(Path(dataset.ann_file)))
+            _log_size(dataset, listed.get(Path(dataset.ann_file or "")))
     return loader
 
 
@@ -94,7 +99,9 @@ def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
     where = dataset.ann_file or ", ".join(str(p) for p in dataset.data_prefix.values() if p)
     used, left_out = len(dataset), {}
     text = f"{type(dataset).__name__} ({where}): "
-    if listed:
+    if hasattr(dataset, "get_len_per_video"):
+        text += f"{used} videos"
+    elif listed:
         infos = (dataset.get_data_info(index) for index in range(used))
         instances = sum(len(info.get("instances", ())) for info in infos)
         text += f"{used} of {listed.images} images and {instances} of {listed.annotations} objects"
@@ -129,6 +136,15 @@ def _local_configs(config: dict) -> Iterator[dict]:
     for dataset in unwrap(config.get("dataset")):
         if isinstance(dataset, dict) and not dataset.get("backend_args"):
             yield dataset
+
+
+def _is_coco(dataset: dict) -> bool:
+    """Whether a data set's config is of mmdet's `CocoDataset`, or of a class made from it."""
+    kind = dataset.get("type")
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
+            kind = registry.get(kind)
+    return hasattr(kind, "COCOAPI")
 
 
 def _annotations(dataset: dict) -> Path | None:
@@ -187,12 +203,15 @@ class CheckedPipeline(Compose):
                 if data is None:
                     self._leave_out(step)
                     return None
-                self._check_loaded(data, set(data) - before)
+                self._check_loaded(data, set(data) - before, step)
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{file} cannot be used: {step} failed with {reason}") from error
+            reason = f"{file} cannot be used: {step} failed with {type(error).__name__}: {error}"
+            # What may be well the next time is no fault of the file: another start may go on.
+            passing = isinstance(error, OSError) and error.errno not in NO_SUCH_FILE
+            kind = RuntimeError if passing or isinstance(error, MemoryError) else DataError
+            raise kind(reason) from error
         self._in_a_row = 0
         return data
 
@@ -216,10 +235,12 @@ class CheckedPipeline(Compose):
                     f"its label {wrong[0]} is of no class: there are {self.classes}, from 0 on."
                 )
 
-    def _check_loaded(self, data: dict, new: set[str]) -> None:
+    def _check_loaded(self, data: dict, new: set[str], step: str) -> None:
         if "img" in new and OPENCV_FILLS_UP and _is_cut(str(data.get("img_path"))):
             raise DataError("the image is cut short.")
-        if "ori_shape" in new and {"height", "width", "instances"} <= data.keys():
+        # A video's samples are lists of all these.
+        of_one_image = isinstance(data.get("img_path"), str)
+        if of_one_image and "ori_shape" in new and {"height", "width", "instances"} <= data.keys():
             listed = data["height"], data["width"]
             if tuple(data["ori_shape"][:2]) != listed:
                 raise DataError(
@@ -227,9 +248,10 @@ class CheckedPipeline(Compose):
                     f"its EXIF data say), its annotations are for {_size(listed)}."
                 )
         if "gt_seg_map" in new and self.ignore_index is not None:
-            self._check_map(data)
+            # Loaders of a user's own read files that only they know.
+            self._check_map(data, whole_file=step == "LoadAnnotations")
 
-    def _check_map(self, data: dict) -> None:
+    def _check_map(self, data: dict, whole_file: bool) -> None:
         seg_map, path = data["gt_seg_map"], data.get("seg_map_path")
         shape = data.get("ori_shape", seg_map.shape)[:2]
         if seg_map.shape != tuple(shape):
@@ -237,14 +259,18 @@ class CheckedPipeline(Compose):
                 f"its annotation {path} has {_size(seg_map.shape)} pixels, the image has "
                 f"{_size(shape)}. An annotation is one channel of the image's size."
             )
-        if path and os.path.isfile(path):
+        if whole_file and path and os.path.isfile(path):
             with Image.open(path) as image:
-                if image.mode not in ("1", "L", "P"):
+                if image.mode not in ("1", "L", "P") and np.max(image) > 255:
                     raise DataError(
-                        f"its annotation {path} is of the kind {image.mode!r}; expected 8 bits per "
-                        "pixel, since mmseg cuts labels to them."
+                        f"its annotation {path} is of the kind {image.mode!r}, with labels up to "
+                        f"{np.max(image)}; expected 8 bits per pixel, since mmseg cuts labels to "
+                        "them."
                     )
         if not self.classes:
+            return
+        if seg_map.dtype != np.uint8:
+            # Of a loader of the user's own, whose numbers are not known to be labels.
             return
         counts = cv2.calcHist([seg_map], [0], None, [256], [0, 256]).ravel()
         counts[: self.classes] = 0

@@ -37,8 +37,9 @@ class StopOnInvalidLoss(Hook):
     An overflow of scaled gradients is no error: the loss is looked at before it is scaled.
 
     Args:
-        interval: Every how many iterations to look. Looking waits for the GPU, as mmengine's log
-            does for every loss anyway. Between looks a non-finite loss can spoil the weights.
+        interval: Every how many iterations to look. Looking waits for the GPU, and for the other
+            processes, in the middle of the step, before mmengine's log of the losses does at its
+            end. Between looks a non-finite loss can spoil the weights.
 
     Raises:
         ValueError: If the interval is not a positive integer.
@@ -106,6 +107,12 @@ class StopOnInvalidLoss(Hook):
             trace = trace_step(runner.model, self._batch, runner.optim_wrapper)
         except torch.OutOfMemoryError as error:
             # What the backward pass would need is still there.
+            if dist.get_world_size() > 1:
+                # The others may wait for this one within the pass: its end ends theirs.
+                raise InvalidLossError(
+                    f"the loss of iteration {runner.iter + 1} is not finite in some process, and "
+                    f"there is not enough memory to look where: {error}"
+                ) from error
             trace = Trace({"loss": float(loss)}, received=f"not enough memory to look: {error}")
         weights = _inner(runner.model).state_dict()
         report = None

@@ -6,7 +6,7 @@ from mmengine.dist import get_rank
 from mmengine.runner import EpochBasedTrainLoop as EpochBased
 from mmengine.runner import IterBasedTrainLoop as IterBased
 
-from mmvmamba.engine.seeds import seed_step
+from mmvmamba.engine.seeds import is_resumable, seed_step
 from mmvmamba.registry import LOOPS
 
 
@@ -23,7 +23,7 @@ class EpochBasedTrainLoop(EpochBased):
 
     def run_epoch(self) -> None:
         """Runs an epoch, or what is left of it."""
-        self._done_before = self.epoch_iter
+        self._done_before = self.epoch_iter if is_resumable(self.dataloader) else 0
         super().run_epoch()
         self.epoch_iter = 0
 
@@ -45,7 +45,8 @@ class IterBasedTrainLoop(IterBased):
 
     def run(self) -> None:
         """Runs the training, or what is left of it."""
-        self.dataloader_iterator = _without_advancing(self.dataloader_iterator, self._iter)
+        if is_resumable(self.dataloader):
+            self.dataloader_iterator = _without_advancing(self.dataloader_iterator, self._iter)
         super().run()
 
     def run_iter(self, data_batch: dict) -> None:

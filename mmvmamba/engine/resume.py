@@ -69,6 +69,11 @@ def _named_last(folder: Path) -> Path | None:
     """The checkpoint that the hook named; None if it was interrupted while it wrote the name."""
     note = folder / LAST_CHECKPOINT
     name = note.read_text().strip() if note.is_file() else ""
+    if "://" in name:
+        raise CheckpointError(
+            f"the last checkpoint is {name} ({note}), which is not on this disk: fetch it, and "
+            "give its path, --resume FILE."
+        )
     # The folder may have been moved since the path was written.
     places = (Path(name), folder / Path(name).name) if name else ()
     return next((place for place in places if place.is_file()), None)

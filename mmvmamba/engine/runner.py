@@ -10,7 +10,6 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, LOOPS, Registry
 from mmengine.runner import EpochBasedTrainLoop as UpstreamEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
@@ -148,7 +147,9 @@ class StrictRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Builds the training's loop and data loader, which begins where the training does."""
-        if isinstance(loop, dict) and isinstance(self._train_dataloader, dict):
+        # A loop of another make may take several loaders, in a dict.
+        loader = self._train_dataloader
+        if isinstance(loop, dict) and isinstance(loader, dict) and "dataset" in loader:
             loop = dict(loop)
             if "by_epoch" in loop:
                 by_epoch = loop.pop("by_epoch")
@@ -160,20 +161,8 @@ class StrictRunner(Runner):
                 loop["type"], start = EpochBasedTrainLoop, meta.get("epoch_iter", 0)
             elif kind in (UpstreamIterBasedTrainLoop, IterBasedTrainLoop):
                 loop["type"], start, by_epoch = IterBasedTrainLoop, meta.get("iter", 0), False
-            self._train_dataloader = build_train_dataloader(
-                self._train_dataloader, self.seed, start, by_epoch
-            )
+            self._train_dataloader = build_train_dataloader(loader, self.seed, start, by_epoch)
         return super().build_train_loop(loop)
-
-    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
-        """Scales the learning rate to the batch size that all processes have together."""
-        loader = self._train_dataloader
-        # A loader with a batch sampler does not know its batch size, which mmengine asks it for.
-        sampler = getattr(loader, "batch_sampler", None)
-        if getattr(loader, "batch_size", 0) is None and hasattr(sampler, "batch_size"):
-            self._train_dataloader = {"batch_size": sampler.batch_size}
-        super().scale_lr(optim_wrapper, auto_scale_lr)
-        self._train_dataloader = loader
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Puts model, optimizer, schedulers and counters where a checkpoint left them."""

@@ -74,7 +74,7 @@ class _PositionSampler(Sampler):
         epoch = getattr(self.sampler, "epoch", None)
         if epoch is not None:
             self._drawn = 0
-        for index in self.sampler:
+        for index in _with_numbers_of_its_own(self.sampler, self.seed):
             draw = _Draw(index)
             draw.position = (_SAMPLE, self.seed, epoch or 0, rank + world_size * self._drawn)
             self._drawn += 1
@@ -92,6 +92,26 @@ class _PositionSampler(Sampler):
         """Tells the sampler its epoch, by which it shuffles."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(self.first_epoch + epoch)
+
+
+def _with_numbers_of_its_own(sampler: Sampler, seed: int) -> Iterator[int]:
+    """Iterates over a sampler that may draw from NumPy's global generator.
+
+    mmdet's for several sources does. Its numbers must not depend on the steps in between.
+    """
+    indices = iter(sampler)
+    own = np.random.RandomState(seed % 2**32).get_state()
+    while True:
+        others = np.random.get_state()  # noqa: NPY002
+        np.random.set_state(own)  # noqa: NPY002
+        try:
+            index = next(indices)
+        except StopIteration:
+            return
+        finally:
+            own = np.random.get_state()  # noqa: NPY002
+            np.random.set_state(others)  # noqa: NPY002
+        yield index
 
 
 class PositionBatchSampler(Sampler):
@@ -150,6 +170,10 @@ def build_train_dataloader(
         start: See `PositionBatchSampler`.
         by_epoch: See `PositionBatchSampler`.
     """
+    kind = config["sampler"].get("type") if isinstance(config.get("sampler"), dict) else None
+    if getattr(kind, "__name__", str(kind)).endswith("TrackImgSampler"):
+        # Its indices are pairs of a video and a frame, and mmdet's batch samplers want no other.
+        return build_dataloader(config, seed, training=True)
     config = dict(config)
     config.setdefault("batch_size", 1)
     config["batch_sampler"] = {
@@ -162,4 +186,12 @@ def build_train_dataloader(
     }
     loader = build_dataloader(config, seed, training=True)
     loader.dataset.__getitems__ = partial(_draw_items, loader.dataset)
+    # PyTorch forgets it where there is a batch sampler; hooks and mmengine's scaling of the
+    # learning rate ask for it.
+    vars(loader)["batch_size"] = config["batch_size"]
     return loader
+
+
+def is_resumable(loader: DataLoader) -> bool:
+    """Whether a training's data loader begins where the training was interrupted."""
+    return isinstance(loader.batch_sampler, PositionBatchSampler)

@@ -106,6 +106,29 @@ def test_iterations_over_a_finite_sampler_start_in_their_epoch():
     assert rest == second[2:]
 
 
+class Dicing(InfiniteSampler):
+    """Draws from NumPy's global generator, as mmdet's samplers of several sources do."""
+
+    def __iter__(self):
+        while True:
+            yield int(np.random.randint(SIZE))  # noqa: NPY002
+
+
+def test_a_sampler_that_draws_from_the_global_generator_has_numbers_of_its_own():
+    options = {"sampler": {"type": Dicing}, "by_epoch": False}
+    (whole,) = passes(**options)
+    np.random.seed(1)  # noqa: NPY002
+    (rest,) = passes(**options, start=3)
+    assert rest[:-3] == whole[3:]
+
+
+def test_the_loader_knows_its_batch_size():
+    """mmpretrain's PreciseBNHook, and mmengine's scaling of the learning rate, ask for it."""
+    config = {"dataset": Noisy(), "sampler": {"type": DefaultSampler}, "num_workers": 0}
+    assert build_train_dataloader({**config, "batch_size": 3}, 5).batch_size == 3
+    assert build_train_dataloader(config, 5).batch_size == 1
+
+
 def test_steps_of_all_places_differ():
     drawn = set()
     for place in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:

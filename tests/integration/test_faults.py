@@ -3,12 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from kills import Training, differences, state, train_with_kills
-from tiny import TASKS, clean_environment
+from tiny import TASKS, run_python
 
 from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.models.checkpoint import CheckpointError
@@ -121,15 +120,11 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(training):
     cut(last)
     arguments = training.arguments
     place = arguments.index("--resume") + 1
-    done = subprocess.run(
-        [sys.executable, "tools/train.py", *arguments[:place], str(last), *arguments[place:]],
-        cwd=training.project,
-        capture_output=True,
-        text=True,
-        env=clean_environment(),
-    )
+    tool = training.project / "tools/train.py"
+    line = [*arguments[:place], last, *arguments[place:]]
+    done = run_python(tool, *line, cwd=training.folder, check=False)
     assert done.returncode == 1
-    assert f"error: checkpoint {last} is incomplete" in done.stderr
+    assert f"error: checkpoint {last} is incomplete" in done.stdout
 
 
 def test_an_interrupted_note_of_the_last_checkpoint_does_no_harm(training):
@@ -137,6 +132,12 @@ def test_an_interrupted_note_of_the_last_checkpoint_does_no_harm(training):
     path, damaged = newest_checkpoint(training.work_dir)
     assert path.name in ("iter_10.pth", "iter_11.pth")
     assert not damaged
+
+
+def test_a_checkpoint_on_another_storage_is_not_begun_anew_over(training):
+    (training.work_dir / "last_checkpoint").write_text("s3://bucket/run/iter_11.pth")
+    with pytest.raises(CheckpointError, match="is not on this disk"):
+        newest_checkpoint(training.work_dir)
 
 
 def test_an_earlier_trainings_checkpoints_are_not_taken_for_newer_ones(training):
@@ -167,11 +168,7 @@ cli.train_main()
 
 def test_a_kill_within_the_writing_leaves_the_checkpoint_before(training, never_killed):
     before = (training.work_dir / "iter_11.pth").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", TORN, *training.arguments],
-        env=clean_environment(),
-        cwd=training.folder,
-    )
+    done = run_python("-c", TORN, *training.arguments, cwd=training.folder, check=False)
     assert done.returncode == -9
     assert [path.name for path in training.work_dir.glob("*.part")] == ["iter_12.pth.part"]
     assert not (training.work_dir / "iter_12.pth").exists()
@@ -205,16 +202,10 @@ def small_disk(tmp_path):
 
 def test_a_file_that_cannot_be_written_ends_the_training_and_no_checkpoint(training):
     before = (training.work_dir / "iter_11.pth").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", STARVED, *training.arguments],
-        env=clean_environment(),
-        cwd=training.folder,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", STARVED, *training.arguments, cwd=training.folder, check=False)
     assert done.returncode == 1
-    assert "iter_12.pth was not written: File too large" in done.stderr
-    assert "go on with --resume" in done.stderr
+    assert "iter_12.pth was not written: File too large" in done.stdout
+    assert "go on with --resume" in done.stdout
     assert (training.work_dir / "iter_11.pth").read_bytes() == before
     assert newest_checkpoint(training.work_dir) == (training.work_dir / "iter_11.pth", [])
 
@@ -227,15 +218,10 @@ def test_a_full_disk_ends_the_training_and_no_checkpoint(training, small_disk):
     free = shutil.disk_usage(small_disk).free
     (small_disk / "ballast").write_bytes(bytes(free - size // 2))
     arguments = [a.replace(str(training.work_dir), str(work_dir)) for a in training.arguments]
-    done = subprocess.run(
-        [sys.executable, training.project / "tools/train.py", *arguments],
-        env=clean_environment(),
-        cwd=training.folder,
-        capture_output=True,
-        text=True,
-    )
+    tool = training.project / "tools/train.py"
+    done = run_python(tool, *arguments, cwd=training.folder, check=False)
     assert done.returncode == 1
-    assert "iter_12.pth was not written: No space left on device" in done.stderr
+    assert "iter_12.pth was not written: No space left on device" in done.stdout
     assert newest_checkpoint(work_dir) == (work_dir / "iter_11.pth", [])
 
 
@@ -254,19 +240,11 @@ def test_processes_that_would_begin_in_different_places_are_refused(training):
     script = training.folder / "apart.py"
     script.write_text(APART)
     launcher = ["-m", "mmvmamba.engine.launch", "--standalone", "--local-addr=127.0.0.1"]
-    done = subprocess.run(
-        [
-            *(sys.executable, *launcher, "--nproc_per_node=2", script),
-            *(*training.arguments, "--launcher", "pytorch"),
-        ],
-        env=clean_environment(),
-        cwd=training.folder,
-        capture_output=True,
-        text=True,
-    )
+    line = [*launcher, "--nproc_per_node=2", script, *training.arguments, "--launcher", "pytorch"]
+    done = run_python(*line, cwd=training.folder, check=False)
     assert done.returncode == 1
-    assert "do not resume from the same checkpoint" in done.stderr
-    assert "0: 5, 11, 1: 0, 0" in done.stderr
+    assert "do not resume from the same checkpoint" in done.stdout
+    assert "0: 5, 11, 1: 0, 0" in done.stdout
 
 
 def losses(training: Training) -> list[float]:
