@@ -18,5 +18,5 @@ if [[ -z ${STACK:-} ]]; then bash tools/lint.sh; fi
 python tools/misc/audit.py "$REQUIREMENTS" requirements/mmcv.txt
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-printf -- '-- tests (about 22 min on two cores)\n'
+printf -- '-- tests (about 35 min on two cores)\n'
 exec python -m pytest -o console_output_style=times --durations=15 "$@"

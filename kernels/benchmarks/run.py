@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
                 for passes, times, first, traffic in time_passes(
                     options.op, backend, shape, dtype, device, options.seconds
                 ):
-                    low, *_, high = statistics.quantiles(times, n=5)
+                    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
                     median = statistics.median(times)
                     rate = traffic / median / 1e6
                     row = Row(

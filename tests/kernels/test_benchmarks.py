@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
     # Where dataclasses look up annotations.
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "shapes", lambda _suite, _gpu: [module.Shape(1, 3, 4, 2)])
+    monkeypatch.setattr(module, "shapes", lambda _suite, _gpu: [module.Shape(1, 3, 4, 16)])
     monkeypatch.setattr(module, "copy_rate", lambda _device: 10.0)
     return module
 
@@ -48,7 +48,7 @@ def test_rows_are_appended(op, benchmark, tmp_path, capsys):
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
     assert [row["passes"] for row in rows] == ["forward", "forward + backward"] * 2
     for row in rows:
-        assert (row["op"], row["backend"], row["shape"]) == (op, "reference", "1 x 3 x 4 x 2")
+        assert (row["op"], row["backend"], row["shape"]) == (op, "reference", "1 x 3 x 4 x 16")
         assert "torch" in row["versions"]
         assert "CPU" in row["device"]
         assert float(row["median_ms"]) > 0
