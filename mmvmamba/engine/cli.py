@@ -20,6 +20,7 @@ from mmvmamba.compat import StackError
 from mmvmamba.engine.data import check_datasets, find_data, set_data_root
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.launch import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
+from mmvmamba.engine.optim import AmpOptimWrapper
 from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.engine.runner import StrictRunner
 from mmvmamba.engine.tasks import (
@@ -193,6 +194,9 @@ def _enable_amp(cfg: Config) -> None:
     wrapper = getattr(wrapper, "__name__", wrapper)
     if wrapper.removeprefix("mmvmamba.") not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(f"--amp works with OptimWrapper; the config has {wrapper}.")
+    dtype = cfg.optim_wrapper.get("dtype", "float16")
+    if isinstance(dtype, str) and dtype not in AmpOptimWrapper.valid_dtypes:
+        raise UsageError(f"optim_wrapper.dtype={dtype}: expected float16 or bfloat16.")
     cfg.optim_wrapper.type = "mmvmamba.AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 

@@ -74,7 +74,7 @@ def build_dataloader(
                 "names and filter_cfg."
             )
         names = [str(path or one.get("data_root")) for path, one in files.items()]
-        raise DataError(f"the data set {', '.join(names)} cannot be used: {reason}") from error
+        raise DataError(f"no data loader for {', '.join(names)}: {reason}") from error
     for dataset in base_datasets(loader.dataset):
         if isinstance(dataset.pipeline, Compose):
             dataset.pipeline = CheckedPipeline(dataset, training)

@@ -73,6 +73,8 @@ def test_learning_rate_scaling(train_config):
 def test_mixed_precision(train_config):
     wrapper = train_config("--amp").optim_wrapper
     assert (wrapper.type, wrapper.loss_scale) == ("mmvmamba.AmpOptimWrapper", "dynamic")
+    with pytest.raises(UsageError, match="dtype=fp16: expected float16 or bfloat16"):
+        train_config("--amp", "--cfg-options", "optim_wrapper.dtype=fp16")
 
 
 def test_no_workers_are_kept_where_there_are_none(train_config):
