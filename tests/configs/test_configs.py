@@ -9,12 +9,14 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from zoo import CONFIGS, PROJECT, batch, build, each_step, load, plain, shrink
 
+from mmvmamba.engine.seeds import seed_step
+
 by_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 
 
 @by_config
 def test_a_training_step_and_a_prediction(path):
-    torch.manual_seed(0)
+    seed_step(0, 0, 0)
     cfg = shrink(load(path))
     model = build(cfg)
     optim_wrapper = build_optim_wrapper(model, each_step(cfg.optim_wrapper))
