@@ -20,9 +20,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from mmvmamba.engine.checkpoint_hook import UNFINISHED
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.resume import missing_entries
+from mmvmamba.engine.resume import check_resumable
 from mmvmamba.engine.runner import load_strictly, model_weights
-from mmvmamba.models.checkpoint import CheckpointError, read_checkpoint
+from mmvmamba.models.checkpoint import read_checkpoint
 from mmvmamba.models.layers import VSSBlock
 from mmvmamba.registry import STRATEGIES
 
@@ -117,19 +117,21 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
         self.logger.info(f"{loaded} tensors loaded from {filename}")
         return checkpoint
 
-    def resume(self, filename: str, **kwargs) -> dict:
+    def resume(
+        self, filename: str, *, callback: Callable[[dict], None] | None = None, **kwargs
+    ) -> dict:
         """Goes on from a checkpoint.
 
         Raises:
             CheckpointError: If the file cannot be read, does not fit, or holds weights alone.
         """
-        missing = missing_entries(read_checkpoint(filename))
-        if missing:
-            raise CheckpointError(
-                f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
-                "training, and cannot be resumed from."
-            )
-        return super().resume(filename, **kwargs)
+
+        def check(checkpoint: dict) -> None:
+            check_resumable(checkpoint, filename)
+            if callback is not None:
+                callback(checkpoint)
+
+        return super().resume(filename, callback=check, **kwargs)
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         """Hands every process its part of the optimizer's state."""

@@ -7,13 +7,13 @@ from typing import NoReturn
 import torch
 from mmengine import dist
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.nonfinite import Trace, random_states, set_random_states, trace_step
+from mmvmamba.engine.wrappers import unwrapped
 from mmvmamba.registry import HOOKS
 
 REPLAY = "python -m mmvmamba.engine.replay"
@@ -114,7 +114,7 @@ class StopOnInvalidLoss(Hook):
                     f"there is not enough memory to look where: {error}"
                 ) from error
             trace = Trace({"loss": float(loss)}, received=f"not enough memory to look: {error}")
-        weights = _inner(runner.model).state_dict()
+        weights = unwrapped(runner.model).state_dict()
         report = None
         if not loss.isfinite().all():
             report = self._report(runner, trace, weights)
@@ -158,10 +158,6 @@ class StopOnInvalidLoss(Hook):
             lines.append(f"  batch, weights, random states and config: {path}")
             lines.append(f"  to run the step again: {REPLAY} {path}")
         return "\n".join(lines)
-
-
-def _inner(model: torch.nn.Module) -> torch.nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def image_names(batch: object) -> list[str]:

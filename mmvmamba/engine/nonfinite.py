@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+
+from mmvmamba.engine.wrappers import unwrapped
 
 MOST_NAMES = 3
 
@@ -232,7 +233,7 @@ def trace_step(model: nn.Module, batch: object, optim_wrapper: OptimWrapper) -> 
     Returns:
         What was found.
     """
-    inner = model.module if is_model_wrapper(model) else model
+    inner = unwrapped(model)
     trace = Trace(batch=non_finite(batch), weights=non_finite(dict(inner.named_parameters())))
     # Compiled code would pass by the hooks.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Watch(trace).on(inner):

@@ -47,6 +47,21 @@ def missing_entries(checkpoint: dict) -> list[str]:
     return [entry for entry in RESUME_ENTRIES if entry not in checkpoint]
 
 
+def check_resumable(checkpoint: dict, filename: str) -> None:
+    """Refuses a checkpoint that a training cannot go on from.
+
+    Raises:
+        CheckpointError: If it holds weights alone.
+    """
+    missing = missing_entries(checkpoint)
+    if missing:
+        raise CheckpointError(
+            f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
+            "training, and cannot be resumed from. To start a new training from its weights: "
+            f"--cfg-options load_from={filename}"
+        )
+
+
 def _newest_first(folder: Path) -> Iterator[Path]:
     """Yields the checkpoint that was written last and then the ones that are older.
 

@@ -9,7 +9,7 @@ from mmengine.dist import all_gather_object, get_world_size, master_only
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import HOOKS, LOOPS, Registry
 from mmengine.runner import EpochBasedTrainLoop as UpstreamEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
@@ -24,8 +24,9 @@ from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.invalid_loss_hook import StopOnInvalidLoss
 from mmvmamba.engine.launch import prepare_launch
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmvmamba.engine.resume import missing_entries, newest_checkpoint
+from mmvmamba.engine.resume import check_resumable, newest_checkpoint
 from mmvmamba.engine.seeds import build_train_dataloader
+from mmvmamba.engine.wrappers import unwrapped
 from mmvmamba.models.checkpoint import (
     CheckpointError,
     classifier_from_official,
@@ -128,22 +129,12 @@ class StrictRunner(Runner):
                 self._resume = False
                 return
             self._load_from = str(path)
-        self._resumed = self._read_resumed(self._load_from)
+        self._resumed = read_checkpoint(self._load_from)
+        check_resumable(self._resumed, self._load_from)
         meta = self._resumed["meta"]
         if meta.get("seed", self.seed) != self.seed:
             self.logger.info(f"random seed {meta['seed']}, as before the interruption")
             self.set_randomness(**{**self._randomness_cfg, "seed": meta["seed"]})
-
-    def _read_resumed(self, filename: str) -> dict:
-        checkpoint = read_checkpoint(filename)
-        missing = missing_entries(checkpoint)
-        if missing:
-            raise CheckpointError(
-                f"{filename} has no {', '.join(missing)}: it holds weights, not the state of a "
-                "training, and cannot be resumed from. To start a new training from its weights: "
-                f"--cfg-options load_from={filename}"
-            )
-        return checkpoint
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """Builds the training's loop and data loader, which begins where the training does."""
@@ -256,10 +247,7 @@ class StrictRunner(Runner):
         options.
         """
         options = self.cfg.get("compile")
-        model = self.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        backbone = getattr(model, "backbone", None)
+        backbone = getattr(unwrapped(self.model), "backbone", None)
         if backbone is None or options is None or options is False:
             super()._maybe_compile(target)
             return
@@ -318,7 +306,7 @@ class StrictRunner(Runner):
         """
         if self._resume:
             return
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = unwrapped(self.model)
         configured = getattr(model, "init_cfg", None)
         pretrained, others = split_pretrained(configured)
         if not pretrained:
@@ -365,8 +353,7 @@ def load_strictly(
     """
     if isinstance(ignore, str):
         ignore = (ignore,)
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model = unwrapped(model)
     expected = model.state_dict()
     for prefix in ignore:
         if not any(key.startswith(prefix) for key in (*expected, *state)):

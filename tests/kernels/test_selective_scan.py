@@ -2,6 +2,7 @@
 
 import functools
 
+import comparison
 import pytest
 import torch
 
@@ -33,15 +34,7 @@ SHAPES = [(2, 1, 3, 1, 1), (1, 2, 3, 2, 3), (2, 4, 5, 1, 97), (1, 3, 2, 5, 64), 
 
 
 def compare(args, tolerance, scan=softplus_scan, oracle=softplus_oracle):
-    """Check output and all gradients against the float64 loop on the same values."""
-    exact = {name: t.detach().double().requires_grad_() for name, t in args.items()}
-    expected = output_and_gradients(oracle, exact)
-    actual = output_and_gradients(scan, args)
-    for name, t in args.items():
-        assert actual[name].dtype == t.dtype
-        assert actual[name].shape == t.shape
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
+    comparison.compare(scan, oracle, args, tolerance)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -2,6 +2,7 @@
 
 import functools
 
+import comparison
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -46,17 +47,9 @@ def arguments(shape, pattern, **kwargs):
 
 
 def compare(args, pattern, tolerance):
-    """Check output and all gradients against the float64 loop on the same values."""
-    exact = {name: t.detach().double().requires_grad_() for name, t in args.items()}
-    expected = output_and_gradients(
-        lambda **a: selective_scan_2d_oracle(**a, pattern=pattern), exact
-    )
-    actual = output_and_gradients(lambda **a: selective_scan_2d(**a, pattern=pattern), args)
-    for name, t in args.items():
-        assert actual[name].dtype == t.dtype
-        assert actual[name].shape == t.shape
-    found = errors(actual, expected)
-    assert max(found.values()) < tolerance, found
+    scan = functools.partial(selective_scan_2d, pattern=pattern)
+    oracle = functools.partial(selective_scan_2d_oracle, pattern=pattern)
+    comparison.compare(scan, oracle, args, tolerance)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -45,6 +45,9 @@ def test_gradients_reach_maps_in_reduced_precision():
     assert all(level.grad.abs().sum() > 0 for level in levels)
 
 
+ANCHORS = {"type": "AnchorGenerator", "ratios": [1.0], "strides": [4, 8]}
+
+
 def test_proposals_are_float32_under_autocast():
     torch.manual_seed(0)
     head = MODELS.build(
@@ -54,12 +57,7 @@ def test_proposals_are_float32_under_autocast():
             in_channels=4,
             feat_channels=4,
             num_classes=1,
-            anchor_generator={
-                "type": "AnchorGenerator",
-                "scales": [8],
-                "ratios": [1.0],
-                "strides": [4, 8],
-            },
+            anchor_generator=ANCHORS | {"scales": [8]},
             bbox_coder={"type": "DeltaXYWHBBoxCoder"},
             test_cfg={
                 "nms_pre": 50,
@@ -87,12 +85,7 @@ def test_one_stage_boxes_are_float32_under_autocast():
             in_channels=4,
             feat_channels=4,
             stacked_convs=1,
-            anchor_generator={
-                "type": "AnchorGenerator",
-                "scales": [4],
-                "ratios": [1.0],
-                "strides": [4, 8],
-            },
+            anchor_generator=ANCHORS | {"scales": [4]},
         )
     )
     seen = []
