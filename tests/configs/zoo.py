@@ -85,12 +85,18 @@ def _limit(node) -> None:
 
 
 def build(cfg: Config) -> nn.Module:
-    """Builds a config's model, with plain batch norms where SyncBN would need a GPU."""
+    """Builds a config's model, with plain batch norms where SyncBN would need a GPU.
+
+    Its weights are initialised as a runner's are: some of upstream's parameters, such as the level
+    embeddings of DINO, are whatever the memory held until then.
+    """
     init_default_scope(cfg.default_scope)
     if "data_preprocessor" in cfg:
         # As mmengine's Runner does.
         cfg.model.setdefault("data_preprocessor", cfg.data_preprocessor)
-    return revert_sync_batchnorm(MODELS.build(cfg.model | {"_scope_": cfg.default_scope}))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model | {"_scope_": cfg.default_scope}))
+    model.init_weights()
+    return model
 
 
 def each_step(optim_wrapper: ConfigDict) -> ConfigDict:
