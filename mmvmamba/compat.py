@@ -1,8 +1,8 @@
 """What current versions of the stack need beside mmengine 0.10: a check and two registrations.
 
-Two functions of other packages are replaced: mmengine's download of weights, which would run what
-it fetches, and one of PyTorch's (`mend_inductor_strides`), where a config says `compile=`. The
-packages are imported where they are used, so that the check can speak of one that is missing.
+One function of another package is replaced: mmengine's download of weights, which would run what it
+fetches. The packages are imported where they are used, so that the check can speak of one that is
+missing.
 """
 
 import sys
@@ -193,31 +193,3 @@ def register_config_scope() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
 
     MODULE2PACKAGE.setdefault("mmvmamba", "mmvmamba.registry")
-
-
-def mend_inductor_strides() -> None:
-    """Lets torch.compile train channels-last models at sizes that change.
-
-    PyTorch 2.11's Inductor sorts the strides of what is saved for the backward pass as if they were
-    numbers, and stops at symbolic ones with "cannot determine truth value of Relational"
-    (pytorch/pytorch#185510). Here it sorts those of the sizes that it compiles for: the order is
-    that of the dimensions, whatever their sizes, so it must not become a condition on these, for
-    which every new size would be compiled anew.
-    """
-    import torch
-    from torch._inductor import ir
-    from torch._inductor.virtualized import V
-
-    original = ir.get_fill_order
-    if getattr(original, "mended", False):
-        return
-
-    def hint(stride):
-        stride = stride.node.expr if isinstance(stride, torch.SymInt) else stride
-        return V.graph.sizevars.size_hint(stride)
-
-    def get_fill_order(seq, shape_env=None):
-        return original(seq if shape_env is not None else [hint(s) for s in seq], shape_env)
-
-    get_fill_order.mended = True
-    ir.get_fill_order = get_fill_order

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvmamba.analysis.subjects import Ranked, random_images, tensors
+from mmvmamba.models import VMamba
+from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
 PASSES = ("inference", "training")
 PRECISIONS = ("fp32", "autocast-bf16", "autocast-fp16", "bf16")
@@ -127,7 +129,8 @@ class Step:
             self.model.to(torch.bfloat16)
             self.images = self.images.to(torch.bfloat16)
         if "compiled" in self.case.execution:
-            model = torch.compile(model)
+            ours = any(isinstance(module, VMamba) for module in model.modules())
+            model = torch.compile(model, options=COMPILE_OPTIONS if ours else None)
         dtype = AUTOCAST_DTYPES.get(self.case.precision)
         cast = partial(torch.autocast, self.device.type, dtype) if dtype else nullcontext
         call = partial(self._run, model, cast)

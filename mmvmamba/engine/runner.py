@@ -17,7 +17,6 @@ from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
 
-from mmvmamba.compat import mend_inductor_strides
 from mmvmamba.engine.checkpoint_hook import UNFINISHED, CheckpointHook
 from mmvmamba.engine.data_checks import LeftOutHook, build_dataloader
 from mmvmamba.engine.errors import UsageError
@@ -241,10 +240,9 @@ class StrictRunner(Runner):
         """Compiles the backbone, if the config says `compile=True` or `compile=dict(...)`.
 
         mmengine would compile the whole step, in which data pre-processors, losses and samplers
-        break the graph and every number of boxes compiles it anew. The backbone is one graph; in
-        training PyTorch 2.11 compiles it anew for each size, up to its limit of eight, and runs
-        further sizes as they are, so it pays for crops of one size. A dict holds `torch.compile`'s
-        options.
+        break the graph and every number of boxes compiles it anew. The backbone is one graph, of
+        one size at first and of any from the second one on. A dict holds `torch.compile`'s
+        arguments.
         """
         options = self.cfg.get("compile")
         backbone = getattr(unwrapped(self.model), "backbone", None)
@@ -254,12 +252,11 @@ class StrictRunner(Runner):
         if backbone._compiled_call_impl is not None:
             # Compiled for the training already; the validation runs it too.
             return
-        mend_inductor_strides()
         options = {} if options is True else dict(options)
         backbone.compile(**options)
         self.logger.info(
             f"{type(backbone).__name__} goes through torch.compile({options}): the first "
-            "iterations of every image size take minutes."
+            "iterations may take minutes."
         )
 
     def load_checkpoint(

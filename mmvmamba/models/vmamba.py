@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvmamba.models.checkpoint import LoadReport, load_backbone, split_pretrained
@@ -27,6 +28,14 @@ from mmvmamba.models.layers import (
 )
 from mmvmamba.models.ss2d import INITS, SCANS, SS2D, InitName, Mamba2Mixer, ScanName
 from mmvmamba.registry import MODELS
+
+COMPILE_OPTIONS = {"layout_optimization": False}
+"""Options of `torch.compile` for models that hold a VMamba.
+
+Inductor's layout pass takes each 4-D tensor on the way from or to a convolution for NCHW. Most here
+are (B, H, W, C), in the best order already: it would lay them out with the height innermost and, in
+training, compile anew for every size of images.
+"""
 
 
 @dataclass(frozen=True)
@@ -428,6 +437,28 @@ class VMamba(BaseModule):
         self.init_cfg = configured
         for cfg in pretrained:
             self.load_pretrained(cfg["checkpoint"], prefix=cfg.get("prefix"))
+
+    def compile(
+        self,
+        *,
+        backend: str | Callable = "inductor",
+        mode: str | None = None,
+        options: dict | None = None,
+        **others,
+    ) -> None:
+        """Compiles the forward pass in place, by `torch.compile` with `COMPILE_OPTIONS`.
+
+        Args:
+            backend: As `torch.compile`'s.
+            mode: As `torch.compile`'s; not together with `options`.
+            options: As `torch.compile`'s, before ours.
+            **others: Further arguments of `torch.compile`.
+        """
+        if backend == "inductor" and (mode is None or options is None):
+            # A mode is a name for options, and PyTorch takes one or the other.
+            named = list_mode_options(mode) if mode else options or {}
+            mode, options = None, COMPILE_OPTIONS | named
+        super().compile(backend=backend, mode=mode, options=options, **others)
 
     def load_pretrained(self, source: str, prefix: str | None = None) -> LoadReport:
         """Loads weights strictly and logs what became of every key; see `load_backbone`."""

@@ -24,6 +24,7 @@ from mmvmamba.analysis.subjects import (
 )
 from mmvmamba.analysis.throughput import Result, measure_case
 from mmvmamba.engine.errors import UsageError
+from mmvmamba.models import VMamba
 
 CPU = torch.device("cpu")
 
@@ -152,10 +153,18 @@ def test_the_backbone_of_a_config():
 
 def test_a_compiled_model_is_measured(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
-    result = measure_one(small(), Case("inference", "fp32", 1, (16, 16), "compiled"))
-    assert not result.failure
-    assert len(compiled) == 1
+
+    def note(model, options):
+        compiled.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", note)
+    ours = Subject("ours", lambda _: nn.Sequential(VMamba({"dims": 8, "depths": [1]})))
+    for subject in (ours, small()):
+        result = measure_one(subject, Case("inference", "fp32", 1, (16, 16), "compiled"))
+        assert not result.failure
+    # Others keep Inductor's layout pass, which is good for them.
+    assert compiled == [{"layout_optimization": False}, None]
 
 
 @pytest.mark.parametrize("name", list(passes.MEMORY_FORMATS))

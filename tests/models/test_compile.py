@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mmvmamba.compat import mend_inductor_strides
 from mmvmamba.models import VMamba
+from mmvmamba.models.vmamba import COMPILE_OPTIONS as OURS
 
 SIZES = [(2, 3, 64, 96), (2, 3, 96, 64), (3, 3, 61, 77), (2, 3, 80, 80)]
 
@@ -72,17 +72,57 @@ def test_sizes_do_not_compile_again_in_inference():
     assert counter.frame_count == 1
 
 
-def test_inductor_trains_at_changing_sizes():
-    """PyTorch's own compiler, both passes: what stops without `mend_inductor_strides`."""
-    mend_inductor_strides()
+def test_inductor_trains_at_changing_sizes(monkeypatch):
+    """PyTorch's own compiler, both passes: it stops without `COMPILE_OPTIONS`."""
+    # What an earlier run compiled says nothing of the guards of this one.
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     torch.manual_seed(0)
     # Small: generated code is compiled by the C++ compiler, minutes for a real model.
     model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0).train()
-    function, counter = compiled(model, "inductor", dynamic=True)
-    # Inductor's own passes tie the graphs of a training to the size; they must be right at each.
-    for size in SIZES[:2]:
-        compare(model, function, torch.randn(size), 1e-4)
-    assert counter.frame_count
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model.compile(fullgraph=True, dynamic=True)
+    for size in SIZES:
+        # Calling the model runs the graph, its method `forward` does not.
+        compare(model, model.forward, torch.randn(size), 1e-4)
+    assert graphs["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"backend": "inductor", "mode": None, "options": OURS}),
+        (
+            {"options": {"max_autotune": True}, "dynamic": True},
+            {
+                "backend": "inductor",
+                "mode": None,
+                "options": OURS | {"max_autotune": True},
+                "dynamic": True,
+            },
+        ),
+        (
+            {"mode": "reduce-overhead"},
+            {"backend": "inductor", "mode": None, "options": OURS | {"triton.cudagraphs": True}},
+        ),
+        (
+            {"options": {"layout_optimization": True}},
+            {"backend": "inductor", "mode": None, "options": {"layout_optimization": True}},
+        ),
+        ({"backend": "eager"}, {"backend": "eager", "mode": None, "options": None}),
+    ],
+    ids=["none", "options", "mode", "other layout", "other backend"],
+)
+def test_how_the_backbone_is_compiled(given, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda call, **arguments: seen.append(arguments))
+    VMamba({"dims": 8, "depths": [1]}).compile(**given)
+    assert seen == [expected]
+
+
+def test_a_mode_and_options_are_refused_together():
+    with pytest.raises(RuntimeError, match="Either mode or options"):
+        VMamba({"dims": 8, "depths": [1]}).compile(mode="default", options={"max_autotune": True})
 
 
 def test_a_cuda_graph_replays_the_backbone():
