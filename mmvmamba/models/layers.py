@@ -3,6 +3,7 @@
 All of them take and return maps in channels-last order, (B, H, W, C).
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmvmamba.models.recompute import LinearOf, origin_of, with_origin
 from mmvmamba_kernels import add_layer_norm, layer_norm
 
 NORMS = ("ln", "bn")
@@ -39,7 +41,15 @@ class Linear(nn.Linear):
     """A linear layer on the last dimension of (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        origin = origin_of(x)
+        if origin is None:
+            return linear(x, self.weight, self.bias)
+        # Converted here and not by autocast, whose copies, made inside a function, have no gradient
+        # but would serve other calls too.
+        dtype = autocast_dtype(x) or x.dtype
+        weight = self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LinearOf.apply(x.to(dtype), weight, bias, origin.function, *origin.inputs)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,6 +62,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
         return x.permute(0, 2, 3, 1)
     return F.linear(x, weight, bias)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has linear layers compute on `x`; None where it is off."""
+    device = x.device.type
+    # There is no autocast of meta tensors to ask for.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class KeepsFloat32(nn.Module):
@@ -95,18 +114,23 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
 
     def out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the result for such an input, here and now."""
-        device = x.device.type
-        # There is no autocast of meta tensors to ask for.
-        if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(x)
+        if dtype is None:
             return x.dtype
-        return torch.float32 if self.stream else torch.get_autocast_dtype(device)
+        return torch.float32 if self.stream else dtype
+
+    def with_origin(self, y: Tensor, x: Tensor) -> Tensor:
+        """Notes on `y` that it is the normalisation of `x`."""
+        function = partial(layer_norm, eps=self.eps, out_dtype=y.dtype)
+        return with_origin(y, function, x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
+        y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
+        return self.with_origin(y, x)
 
     def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
-        return add_layer_norm(
+        total, y = add_layer_norm(
             x,
             branch,
             self.weight,
@@ -115,6 +139,7 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
             eps=self.eps,
             out_dtype=self.out_dtype(x),
         )
+        return total, self.with_origin(y, total)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -229,37 +254,6 @@ def build_downsample(
     )
 
 
-class LinearOfGelu(torch.autograd.Function):
-    """`F.linear(F.gelu(x), weight, bias)` that keeps `x` alone for the backward pass.
-
-    The activation's output, the largest map of a block, is computed again there: one pass over
-    memory against a fifth of what training holds. Compilers do that by themselves. Differentiable
-    once.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = bias.dtype
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        # The products run in the dtype of the forward pass, autocast's included.
-        rows = grad.to(x.dtype).flatten(0, -2)
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight.to(x.dtype)).view_as(x)
-            grad_x = torch.ops.aten.gelu_backward(grad_x, x)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ F.gelu(x).flatten(0, -2)).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias
-
-
 class Mlp(nn.Module):
     """Two linear layers with an activation between them, on the last dimension."""
 
@@ -272,19 +266,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        # Memory is what limits training on GPUs; on CPUs it is time.
-        if (
-            self.act == "gelu"
-            and not self.drop.p
-            # What stands in for the layer (LoRA, say), or watches it, must be called.
-            and type(self.fc2) is Linear
-            and not (self.fc2._forward_hooks or self.fc2._forward_pre_hooks)
-            and x.is_cuda
-            and x.requires_grad
-            and not torch.compiler.is_compiling()
-        ):
-            return LinearOfGelu.apply(x, self.fc2.weight, self.fc2.bias)
-        return self.drop(self.fc2(self.drop(ACTIVATIONS[self.act](x))))
+        act = ACTIVATIONS[self.act]
+        return self.drop(self.fc2(self.drop(with_origin(act(x), act, x))))
 
 
 class VSSBlock(nn.Module):

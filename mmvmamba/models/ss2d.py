@@ -15,6 +15,7 @@ from mmvmamba.models.layers import (
     Linear,
     linear,
 )
+from mmvmamba.models.recompute import recomputes
 from mmvmamba_kernels import (
     depthwise_conv,
     selective_scan,
@@ -125,7 +126,8 @@ class SS2D(KeepsFloat32):
             return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
         proj = linear(x, self.x_proj_weight.flatten(0, 1))
-        return selective_scan_2d_norm(
+        keep = recomputes(x)
+        found = selective_scan_2d_norm(
             x,
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
             self.dt_projs_weight,
@@ -137,7 +139,9 @@ class SS2D(KeepsFloat32):
             eps=self.out_norm.eps,
             out_dtype=self.out_norm.out_dtype(x),
             pattern=self.scan,
+            return_sum=keep,
         )
+        return self.out_norm.with_origin(*found) if keep else found
 
     def _scan_lines(self, x: Tensor, directions: slice) -> Tensor:
         """Scans every line of (B, lines, L, D) on its own, forward and reversed, and sums both."""

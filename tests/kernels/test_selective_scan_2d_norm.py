@@ -85,6 +85,18 @@ def test_what_is_saved_only_where_gradients_are_needed():
     assert torch.equal(wide, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_sum_makes_the_result_again(dtype):
+    tensors = arguments(dtype)
+    out, total = selective_scan_2d_norm(**tensors, return_sum=True)
+    assert not total.requires_grad
+    again = layer_norm(total, tensors["norm_weight"], tensors["norm_bias"], out_dtype=dtype)
+    assert torch.equal(again, out)
+    with torch.no_grad():
+        found = selective_scan_2d_norm(**tensors, return_sum=True)
+    assert all(torch.equal(*pair) for pair in zip(found, (out, total), strict=True))
+
+
 def test_flops_are_those_of_the_scan():
     with FlopCounterMode(display=False) as counter:
         selective_scan_2d_norm(**arguments())

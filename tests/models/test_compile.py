@@ -72,10 +72,10 @@ def test_sizes_do_not_compile_again_in_inference():
     assert counter.frame_count == 1
 
 
-def test_inductor_trains_at_changing_sizes(monkeypatch):
+def test_inductor_trains_at_changing_sizes(monkeypatch, tmp_path):
     """PyTorch's own compiler, both passes: it stops without `COMPILE_OPTIONS`."""
     # What an earlier run compiled says nothing of the guards of this one.
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
     # Small: generated code is compiled by the C++ compiler, minutes for a real model.
     model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0).train()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvmamba.models import MM_VSSM, VMamba
+from mmvmamba.models import MM_VSSM, VMamba, recompute
 from mmvmamba.models.layers import DropPath, KeepsFloat32, LayerNorm
 from mmvmamba_kernels.layer_norm import api
 
@@ -146,9 +146,11 @@ OUTS = [(BATCH, 16, 8, 12), (BATCH, 32, 4, 6), (BATCH, 64, 2, 3), (BATCH, 128, 1
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_no_layout_changes_between_the_image_and_the_outputs(autocast, monkeypatch):
+@pytest.mark.parametrize("devices", [{"cpu"}, {"cuda"}], ids=["recomputed", "kept"])
+def test_no_layout_changes_between_the_image_and_the_outputs(autocast, devices, monkeypatch):
     # As on a GPU: one operator instead of PyTorch's own operations.
     monkeypatch.setattr(api, "_backend_name", lambda *_: "reference")
+    monkeypatch.setattr(recompute, "DEVICES", devices)
     model = VMamba(TINY).train()
     image = torch.randn(BATCH, 3, 32, 45, requires_grad=True)
     with Copies() as forward, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -35,7 +35,8 @@ def selective_scan_2d_norm(
     out_dtype: torch.dtype | None = None,
     pattern: str = "cross2d",
     backend: str | None = None,
-) -> Tensor:
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`mmvmamba_kernels.selective_scan_2d` and a layer normalisation of its result.
 
     The sum is rounded to the dtype of ``x`` before it is normalised, but for float16, whose range
@@ -56,9 +57,12 @@ def selective_scan_2d_norm(
         out_dtype: Dtype of the result; None for that of ``x``.
         pattern: As ``selective_scan_2d``'s.
         backend: Of the scan; None chooses one per call.
+        return_sum: Whether to return what was normalised too, from which :func:`layer_norm` makes
+            the result again; no gradient.
 
     Returns:
-        The normalised sum over the K directions, (B, H, W, D).
+        The normalised sum over the K directions, (B, H, W, D); with ``return_sum``, a pair of it
+        and the sum.
 
     Raises:
         TypeError: If an argument is not a floating-point tensor, or ``out_dtype`` is not a
@@ -73,7 +77,8 @@ def selective_scan_2d_norm(
             wide = x.to(_sum_dtype(x))
         scan = (wide, proj, dt_weight, dt_bias, A, D)
         y = selective_scan_2d(*scan, pattern=pattern, backend=backend)
-        return layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
+        out = layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
+        return (out, y.detach()) if return_sum else out
     scan = {
         "x": x,
         "proj": proj,
@@ -91,8 +96,9 @@ def selective_scan_2d_norm(
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
     tensors = (*scan.values(), *norm.values())
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _forward_op(*tensors, eps, out_dtype, pattern, save)[0]
+    save = return_sum or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    out, total, _, _ = _forward_op(*tensors, eps, out_dtype, pattern, save)
+    return (out, total) if return_sum else out
 
 
 def _runs_fused(x: Tensor, A: Tensor, backend: str | None) -> bool:
