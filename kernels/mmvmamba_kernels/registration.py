@@ -7,7 +7,7 @@ inside it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +22,106 @@ NAMESPACE = "mmvmamba"
 
 Arguments = Mapping[str, Any]
 """An operator's arguments by name, or their shapes in place of tensors."""
+
+
+# Other classes have a say in what is done with them.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Pair:
+    """Two operators, a forward pass and the backward pass of it.
+
+    Calls go through PyTorch's dispatcher where something needs to see them: compilers, exporters,
+    counters, transforms, tensors of other classes. Everywhere else the functions are called as
+    they are: on its way through the dispatcher a call of a Python operator costs the host as much
+    as all else in it, and a backbone has a hundred of them.
+
+    Args:
+        name: Name of the forward operator; the other's ends in '_backward'.
+        forward: The forward pass, of arguments by position.
+        backward: The backward pass, likewise.
+        forward_schema: Arguments and results of ``forward``, as ``torch.library`` writes them.
+        backward_schema: The same of ``backward``.
+        forward_fake: Results of ``forward`` without contents.
+        backward_fake: The same of ``backward``.
+        setup_context: Saves for the backward pass, as ``torch.autograd.Function.setup_context``.
+        gradients: From the context and the results' gradients to those of the arguments, through
+            this pair's ``backward``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., tuple[Tensor, ...]],
+        forward_schema: str,
+        backward_schema: str,
+        forward_fake: Callable[..., tuple[Tensor, ...]],
+        backward_fake: Callable[..., tuple[Tensor, ...]],
+        setup_context: Callable[..., None],
+        gradients: Callable[..., tuple[Tensor | None, ...]],
+    ):
+        self.forward, self._backward = forward, backward
+        self.setup_context, self.gradients = setup_context, gradients
+        self._forward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=forward_schema
+        )
+        self._backward_op = torch.library.custom_op(
+            f"{NAMESPACE}::{name}_backward", backward, mutates_args=(), schema=backward_schema
+        )
+        self._forward_op.register_fake(forward_fake)
+        self._backward_op.register_fake(backward_fake)
+        self._forward_op.register_autograd(gradients, setup_context=setup_context)
+
+        def refuse(_ctx, *_grads) -> None:
+            raise RuntimeError(
+                f"{name} is differentiable once: its backward pass has no gradient. Call "
+                "backward() or autograd.grad() without create_graph=True."
+            )
+
+        self._backward_op.register_autograd(refuse)
+
+    def __call__(self, *values) -> tuple[Tensor, ...]:
+        """Runs the forward pass, differentiable."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if _is_seen(tensors):
+            return self._forward_op(*values)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _Direct.apply(self, *values)
+        return self.forward(*values)
+
+    def backward(self, *values) -> tuple[Tensor, ...]:
+        """Runs the backward pass, not differentiable."""
+        # Where gradients are enabled, somebody is about to try, and the operator refuses.
+        if torch.is_grad_enabled() or _is_seen([v for v in values if isinstance(v, Tensor)]):
+            return self._backward_op(*values)
+        return self._backward(*values)
+
+
+def _is_seen(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher would do more with a call on these tensors than call the function."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """A pair's passes without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, pair: Pair, *values) -> tuple[Tensor, ...]:
+        outputs = pair.forward(*values)
+        pair.setup_context(ctx, values, outputs)
+        ctx.pair = pair
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.pair.gradients(ctx, *grads)
 
 
 class Operator:
@@ -59,22 +159,17 @@ class Operator:
             + ["str backend"]
         )
         grads = ", ".join(["Tensor"] * len(tensors))
-        self._forward_op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}",
+        self._pair = Pair(
+            name,
             self._forward,
-            mutates_args=(),
-            schema=f"({inputs}, bool save_carries) -> (Tensor, Tensor)",
-        )
-        self._backward_op = torch.library.custom_op(
-            f"{NAMESPACE}::{name}_backward",
             self._backward,
-            mutates_args=(),
-            schema=f"(Tensor grad_out, Tensor carries, {inputs}) -> ({grads})",
+            f"({inputs}, bool save_carries) -> (Tensor, Tensor)",
+            f"(Tensor grad_out, Tensor carries, {inputs}) -> ({grads})",
+            self._forward_fake,
+            self._backward_fake,
+            self._setup_context,
+            self._autograd,
         )
-        self._forward_op.register_fake(self._forward_fake)
-        self._backward_op.register_fake(self._backward_fake)
-        self._forward_op.register_autograd(self._autograd, setup_context=self._setup_context)
-        refuse_second_derivative(self._backward_op, name)
         overloads = getattr(torch.ops, NAMESPACE)
         register_flop_formula(getattr(overloads, name))(self._forward_flops)
         register_flop_formula(getattr(overloads, f"{name}_backward"))(self._backward_flops)
@@ -89,7 +184,7 @@ class Operator:
             # index() makes a compiler fix the state dimension, which a choice may depend on.
             states = operator.index(problem.states)
             backend = pin(self.name, problem.device, problem.dtype, states)
-        return self._forward_op(*arguments.values(), backend, save_carries)[0]
+        return self._pair(*arguments.values(), backend, save_carries)[0]
 
     def _named(self, values: tuple) -> dict[str, Any]:
         return dict(zip(self._names, values, strict=True))
@@ -153,7 +248,7 @@ class Operator:
         rest = (None,) * (len(ctx.options) + 1)
         if grad_out is None:
             return (None,) * len(tensors) + rest
-        grads = self._backward_op(grad_out, carries, *tensors, *ctx.options)
+        grads = self._pair.backward(grad_out, carries, *tensors, *ctx.options)
         return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *rest)
 
     def _forward_flops(self, *shapes, **_) -> int:
@@ -167,23 +262,6 @@ class Operator:
     def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
         # As PyTorch's own formulas count a backward pass.
         return 2 * self._forward_flops(*shapes)
-
-
-def refuse_second_derivative(backward_op: torch.library.CustomOpDef, name: str) -> None:
-    """Makes differentiating a backward pass an error that names the public function.
-
-    Args:
-        backward_op: The operator of the backward pass.
-        name: The public function's name.
-    """
-
-    def refuse(_ctx, *_grads) -> None:
-        raise RuntimeError(
-            f"{name} is differentiable once: its backward pass has no gradient. Call "
-            "backward() or autograd.grad() without create_graph=True."
-        )
-
-    backward_op.register_autograd(refuse)
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager:

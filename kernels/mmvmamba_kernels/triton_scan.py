@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from mmvmamba_kernels.triton_kernels import (
     selective_scan_state_kernel,
     sum_buffers_kernel,
 )
-from mmvmamba_kernels.triton_support import interpreting, multiprocessors, on_device
+from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
 
 INTERVAL = 8
 """Positions whose states the backward pass holds in registers at a time."""
@@ -156,9 +155,9 @@ def chunk_length(programs: int, length: int, processors: int, warps: _Warps, mul
         multiple: What the length must be a multiple of.
     """
     cut = programs < processors * warps.enough
-    wanted = triton.cdiv(processors * warps.full, programs) if cut else 1
-    chunk = max(triton.cdiv(length, wanted), _SHORTEST_CHUNK)
-    return triton.cdiv(chunk, multiple) * multiple
+    wanted = ceil_div(processors * warps.full, programs) if cut else 1
+    chunk = max(ceil_div(length, wanted), _SHORTEST_CHUNK)
+    return ceil_div(chunk, multiple) * multiple
 
 
 def channel_block(layout: Layout) -> int:
@@ -188,7 +187,7 @@ class _Launch:
             )
         self.layout, self.operands = layout, operands
         self.block = block
-        self.blocks = triton.cdiv(layout.channels, block)
+        self.blocks = ceil_div(layout.channels, block)
         paths = layout.paths
         self.directions = len(paths)
         u = operands.u
@@ -236,7 +235,7 @@ class _Launch:
 
     def cut(self, chunk: int) -> None:
         """Cut the paths into chunks of this length."""
-        self.chunk, self.chunks = chunk, triton.cdiv(self.layout.length, chunk)
+        self.chunk, self.chunks = chunk, ceil_div(self.layout.length, chunk)
 
     def grid(self, directions: int) -> tuple[int]:
         return (self.blocks * directions * self.chunks * self.layout.sequences,)
@@ -268,7 +267,7 @@ class _Launch:
             UNROLL=unroll(layout),
             **self.constants,
         )
-        blocks = triton.cdiv(layout.channels, 32)
+        blocks = ceil_div(layout.channels, 32)
         selective_scan_carry_kernel[(blocks * self.directions * layout.states * layout.sequences,)](
             state,
             total,
@@ -464,7 +463,7 @@ def sum_buffers(parts: Tensor, dtype: torch.dtype) -> Tensor:
         return out
     block = 1024
     with on_device(parts):
-        sum_buffers_kernel[(triton.cdiv(out.numel(), block),)](
+        sum_buffers_kernel[(ceil_div(out.numel(), block),)](
             parts,
             out,
             out.numel(),

@@ -16,6 +16,9 @@ from mmvmamba_kernels.dispatch import Problem
 DEVICES = ("cuda", "xpu")
 MAX_STATES = 64
 
+# Compared once: a comparison parses both versions, and every operator asks twice a call.
+_TORCH_IS_OLD = torch.__version__ < (2, 7)
+
 
 def interpreting() -> bool:
     """Whether Triton was asked to run kernels in Python, on tensors of any device."""
@@ -36,7 +39,7 @@ def can_run(problem: Problem) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch's GPU builds bring it, or: pip install triton"
-    if torch.__version__ < (2, 7):
+    if _TORCH_IS_OLD:
         return "the kernels need Triton 3.3, which comes with PyTorch 2.7"
     if problem.device.type in DEVICES and not interpreting() and not _c_compiler():
         return "Triton builds its launchers with a C compiler: install gcc, or set CC"
@@ -54,14 +57,23 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels too, and ten times as slow."""
+    return -(-a // b)
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one in the interpreter."""
     if interpreting():
         return 1
+    if device.index is None:
+        device = torch.device(device.type, torch.get_device_module(device).current_device())
+    return _multiprocessors(device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
     # Only launchers of kernels ask, which have imported it.
     from triton.runtime import driver
 
-    index = (
-        torch.get_device_module(device).current_device() if device.index is None else device.index
-    )
     return driver.active.utils.get_device_properties(index)["multiprocessor_count"]

@@ -63,6 +63,7 @@ class LinearOf(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -70,14 +71,9 @@ class LinearOf(torch.autograd.Function):
         *inputs: Tensor,
     ) -> Tensor:
         """The product, all in one dtype; `x` is `function(*inputs)` but for its dtype."""
-        del function, inputs
+        ctx.function = function
+        ctx.save_for_backward(weight, *inputs)
         return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        del output
-        _, weight, _, ctx.function, *tensors = inputs
-        ctx.save_for_backward(weight, *tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

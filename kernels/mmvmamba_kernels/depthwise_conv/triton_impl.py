@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from mmvmamba_kernels.depthwise_conv.triton_kernels import (
     depthwise_conv_bwd_kernel,
     depthwise_conv_fwd_kernel,
 )
-from mmvmamba_kernels.triton_support import interpreting, multiprocessors, on_device
+from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
 
 _WARPS = 16
 """Programs, of one warp, that a multiprocessor wants; with fewer, maps are cut into fewer rows."""
@@ -72,12 +71,12 @@ def tiling(
     batch, height, width, channels = shape
     # Seven divides the maps of a 224 x 224 image.
     choices = (4,) if dtype == torch.float64 or width <= 4 else (8, 7)
-    columns = min(choices, key=lambda p: triton.cdiv(width, p) * p)
-    strips, blocks = triton.cdiv(width, columns), triton.cdiv(channels, block)
-    wanted = triton.cdiv(processors * _WARPS, max(batch * strips * blocks, 1))
-    chunks = max(triton.cdiv(height, longest), min(wanted, triton.cdiv(height, _SHORTEST)))
-    rows = triton.cdiv(height, chunks)
-    chunks = triton.cdiv(height, rows)
+    columns = min(choices, key=lambda p: ceil_div(width, p) * p)
+    strips, blocks = ceil_div(width, columns), ceil_div(channels, block)
+    wanted = ceil_div(processors * _WARPS, max(batch * strips * blocks, 1))
+    chunks = max(ceil_div(height, longest), min(wanted, ceil_div(height, _SHORTEST)))
+    rows = ceil_div(height, chunks)
+    chunks = ceil_div(height, rows)
     return _Tiling(columns, strips, rows, chunks, block, batch * strips * chunks, blocks)
 
 

@@ -21,7 +21,7 @@ from mmvmamba_kernels.dispatch import (
     resolve,
 )
 from mmvmamba_kernels.layer_norm import reference
-from mmvmamba_kernels.registration import refuse_second_derivative
+from mmvmamba_kernels.registration import Pair
 
 _OP = "layer_norm"
 
@@ -65,7 +65,7 @@ def layer_norm(
     name = _backend_name(x, backend)
     if name is None:
         return reference.normalise(x, weight, bias, eps, out_dtype)
-    return _forward_op(x, None, None, weight, bias, eps, out_dtype, None, name)[1]
+    return _pair(x, None, None, weight, bias, eps, out_dtype, None, name)[1]
 
 
 def add_layer_norm(
@@ -109,7 +109,7 @@ def add_layer_norm(
         return total, reference.normalise(total, weight, bias, eps, out_dtype)
     # A gradient that needs no conversion and no scale is that of x.
     branch_dtype = None if scale is None and branch.dtype == x.dtype else branch.dtype
-    total, out, _ = _forward_op(x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, name)
+    total, out, _ = _pair(x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, name)
     return total, out
 
 
@@ -182,33 +182,16 @@ def _backward(
     )
 
 
-_forward_op = torch.library.custom_op(
-    "mmvmamba::layer_norm",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, float eps, "
-    "ScalarType out_dtype, ScalarType? branch_dtype, str backend) -> (Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    "mmvmamba::layer_norm_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor? grad_total, Tensor grad_out, Tensor total, Tensor statistics, Tensor? scale, "
-    "Tensor weight, Tensor bias, ScalarType? branch_dtype, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, backend):
+def _forward_fake(x, branch, scale, weight, bias, eps, out_dtype, branch_dtype, backend):
     del scale, eps, branch_dtype, backend
     total = x.new_empty(0) if branch is None else x.new_empty(x.shape)
     statistics = x.new_empty((x.shape[:-1].numel(), 2), dtype=state_dtype(x, weight, bias))
     return total, x.new_empty(x.shape, dtype=out_dtype), statistics
 
 
-@_backward_op.register_fake
-def _(grad_total, grad_out, total, statistics, scale, weight, bias, branch_dtype, backend):
+def _backward_fake(
+    grad_total, grad_out, total, statistics, scale, weight, bias, branch_dtype, backend
+):
     del grad_total, grad_out, statistics, scale, backend
     branch = total.new_empty(0)
     if branch_dtype is not None:
@@ -225,7 +208,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tuple:
+def _gradients(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tuple:
     total, statistics, scale, weight, bias = ctx.saved_tensors
     if not ctx.has_branch:
         grad_total = None
@@ -233,7 +216,7 @@ def _autograd(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tup
         if grad_total is None:
             return (None,) * 9
         grad_out = torch.zeros_like(total)
-    grad_x, grad_branch, grad_weight, grad_bias = _backward_op(
+    grad_x, grad_branch, grad_weight, grad_bias = _pair.backward(
         grad_total,
         grad_out,
         total,
@@ -251,5 +234,17 @@ def _autograd(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tup
     return grad_x, grad_branch, None, grad_weight, grad_bias, None, None, None, None
 
 
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward_op, _OP)
+_pair = Pair(
+    _OP,
+    _forward,
+    _backward,
+    "(Tensor x, Tensor? branch, Tensor? scale, Tensor weight, Tensor bias, float eps, "
+    "ScalarType out_dtype, ScalarType? branch_dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor? grad_total, Tensor grad_out, Tensor total, Tensor statistics, Tensor? scale, "
+    "Tensor weight, Tensor bias, ScalarType? branch_dtype, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+    _backward_fake,
+    _setup_context,
+    _gradients,
+)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.triton_support import multiprocessors, on_device
+from mmvmamba_kernels.triton_support import ceil_div, multiprocessors, on_device
 
 _TILE = 2048
 """Elements that a program holds of one map: 16 a thread with four warps."""
@@ -153,7 +153,8 @@ def _blocks(channels: int) -> dict[str, int]:
             f"layer_norm: Triton kernels take at most {_MAX_CHANNELS} channels, got {channels}; "
             "use backend='reference'"
         )
-    block = triton.next_power_of_2(channels)
+    # The next power of two.
+    block = 1 << (channels - 1).bit_length()
     return {
         "BLOCK_R": max(1, _TILE // block),
         "BLOCK_C": block,
@@ -230,7 +231,7 @@ def _launch_forward(
     if rows:
         blocks = _blocks(channels)
         with on_device(parts):
-            layer_norm_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
+            layer_norm_fwd_kernel[(ceil_div(rows, blocks["BLOCK_R"]),)](
                 parts,
                 branch,
                 scale,
@@ -270,7 +271,7 @@ def backward(
     rows = total.numel() // channels
     blocks = _blocks(channels)
     programs = min(
-        triton.cdiv(rows, blocks["BLOCK_R"]), _BACKWARD_PROGRAMS * multiprocessors(total.device)
+        ceil_div(rows, blocks["BLOCK_R"]), _BACKWARD_PROGRAMS * multiprocessors(total.device)
     )
     grad_x = torch.empty_like(total)
     grad_branch = total.new_empty(0)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
-from mmvmamba_kernels.registration import autocast_off, refuse_second_derivative
+from mmvmamba_kernels.registration import Pair, autocast_off
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
 
 _OP = "selective_scan_2d_norm"
@@ -97,7 +97,7 @@ def selective_scan_2d_norm(
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
     tensors = (*scan.values(), *norm.values())
     save = return_sum or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    out, total, _, _ = _forward_op(*tensors, eps, out_dtype, pattern, save)
+    out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
     return (out, total) if return_sum else out
 
 
@@ -171,24 +171,11 @@ _TENSORS = (
     "Tensor x, Tensor proj, Tensor dt_weight, Tensor dt_bias, Tensor A, Tensor D, "
     "Tensor norm_weight, Tensor norm_bias"
 )
-_forward_op = torch.library.custom_op(
-    f"mmvmamba::{_OP}",
-    _forward,
-    mutates_args=(),
-    schema=f"({_TENSORS}, float eps, ScalarType out_dtype, str pattern, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-_backward_op = torch.library.custom_op(
-    f"mmvmamba::{_OP}_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor total, Tensor statistics, Tensor carries, {_TENSORS}, "
-    f"str pattern) -> ({', '.join(['Tensor'] * 8)})",
-)
 
 
-@_forward_op.register_fake
-def _(x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype, pattern, save):
+def _forward_fake(
+    x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype, pattern, save
+):
     del eps
     from mmvmamba_kernels.selective_scan_2d.triton_impl import carries_shape
 
@@ -201,8 +188,7 @@ def _(x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype,
     )
 
 
-@_backward_op.register_fake
-def _(_grad_out, _total, _statistics, _carries, *tensors_and_pattern):
+def _backward_fake(_grad_out, _total, _statistics, _carries, *tensors_and_pattern):
     return tuple(t.new_empty(t.shape) for t in tensors_and_pattern[:-1])
 
 
@@ -214,14 +200,25 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return (None,) * 12
-    return *_backward_op(grad_out, *ctx.saved_tensors, ctx.pattern), None, None, None, None
+    return *_pair.backward(grad_out, *ctx.saved_tensors, ctx.pattern), None, None, None, None
 
 
-_forward_op.register_autograd(_autograd, setup_context=_setup_context)
-refuse_second_derivative(_backward_op, _OP)
+_pair = Pair(
+    _OP,
+    _forward,
+    _backward,
+    f"({_TENSORS}, float eps, ScalarType out_dtype, str pattern, bool save) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor total, Tensor statistics, Tensor carries, {_TENSORS}, "
+    f"str pattern) -> ({', '.join(['Tensor'] * 8)})",
+    _forward_fake,
+    _backward_fake,
+    _setup_context,
+    _gradients,
+)
 
 
 @register_flop_formula(getattr(torch.ops.mmvmamba, _OP))
