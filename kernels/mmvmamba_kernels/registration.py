@@ -1,11 +1,12 @@
 """An operator pair, forward and backward, registered with ``torch.library``.
 
-Compilers, exporters and counters see one operator a call; which implementation runs is decided
-inside it.
+Compilers, exporters and counters see one operator a call, and calls that nobody watches pass the
+dispatcher by; which implementation runs is decided inside.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,17 +25,12 @@ Arguments = Mapping[str, Any]
 """An operator's arguments by name, or their shapes in place of tensors."""
 
 
-# Other classes have a say in what is done with them.
-_PLAIN = (Tensor, torch.nn.Parameter)
+class OperatorPair:
+    """A forward and a backward pass, called as they are or through PyTorch's dispatcher.
 
-
-class Pair:
-    """Two operators, a forward pass and the backward pass of it.
-
-    Calls go through PyTorch's dispatcher where something needs to see them: compilers, exporters,
-    counters, transforms, tensors of other classes. Everywhere else the functions are called as
-    they are: on its way through the dispatcher a call of a Python operator costs the host as much
-    as all else in it, and a backbone has a hundred of them.
+    The dispatcher is for where something needs to see the call: compilers, exporters, tracers,
+    counters, transforms, tensors of special kinds. On its way through it a call of a Python
+    operator costs the host as much as all else in it, and a backbone has a hundred of them.
 
     Args:
         name: Name of the forward operator; the other's ends in '_backward'.
@@ -61,8 +57,7 @@ class Pair:
         setup_context: Callable[..., None],
         gradients: Callable[..., tuple[Tensor | None, ...]],
     ):
-        self.forward, self._backward = forward, backward
-        self.setup_context, self.gradients = setup_context, gradients
+        self._forward, self._backward = forward, backward
         self._forward_op = torch.library.custom_op(
             f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=forward_schema
         )
@@ -81,47 +76,70 @@ class Pair:
 
         self._backward_op.register_autograd(refuse)
 
+        def forward_and_save(ctx, *values) -> tuple[Tensor, ...]:
+            outputs = forward(*values)
+            setup_context(ctx, values, outputs)
+            return outputs
+
+        # Named like the operator, for anomaly reports and profiles.
+        self._function = type(
+            name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward_and_save), "backward": staticmethod(gradients)},
+        )
+
     def __call__(self, *values) -> tuple[Tensor, ...]:
         """Runs the forward pass, differentiable."""
         tensors = [value for value in values if isinstance(value, Tensor)]
-        if _is_seen(tensors):
+        if _needs_dispatcher(tensors):
             return self._forward_op(*values)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _Direct.apply(self, *values)
-        return self.forward(*values)
+            return self._function.apply(*values)
+        return self._forward(*values)
 
     def backward(self, *values) -> tuple[Tensor, ...]:
         """Runs the backward pass, not differentiable."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
         # Where gradients are enabled, somebody is about to try, and the operator refuses.
-        if torch.is_grad_enabled() or _is_seen([v for v in values if isinstance(v, Tensor)]):
+        if torch.is_grad_enabled() or _needs_dispatcher(tensors):
             return self._backward_op(*values)
         return self._backward(*values)
 
 
-def _is_seen(tensors: Sequence[Tensor]) -> bool:
+def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call the function."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
-        or any(type(t) not in _PLAIN or t.is_meta for t in tensors)
+        or not all(_is_ordinary(t) for t in tensors)
     )
 
 
-class _Direct(torch.autograd.Function):
-    """A pair's passes without the dispatcher."""
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in memory and nothing else.
 
-    @staticmethod
-    def forward(ctx, pair: Pair, *values) -> tuple[Tensor, ...]:
-        outputs = pair.forward(*values)
-        pair.setup_context(ctx, values, outputs)
-        ctx.pair = pair
-        return outputs
+    Subclasses are not, nor are meta tensors, nor those that the dispatcher knows to be negated,
+    zero, batched or wrapped.
+    """
+    return type(tensor) in (Tensor, torch.nn.Parameter) and torch._C._dispatch_keys(
+        tensor
+    ).raw_repr() in _ordinary_keys(tensor.device.type)
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.pair.gradients(ctx, *grads)
+
+@functools.cache
+def _ordinary_keys(device: str) -> tuple[int, ...]:
+    """The dispatch keys of ordinary tensors, made outside of and in inference mode."""
+    if device == "meta":
+        return ()
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            keys.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return tuple(keys)
 
 
 class Operator:
@@ -159,7 +177,7 @@ class Operator:
             + ["str backend"]
         )
         grads = ", ".join(["Tensor"] * len(tensors))
-        self._pair = Pair(
+        self._pair = OperatorPair(
             name,
             self._forward,
             self._backward,
@@ -168,7 +186,7 @@ class Operator:
             self._forward_fake,
             self._backward_fake,
             self._setup_context,
-            self._autograd,
+            self._gradients,
         )
         overloads = getattr(torch.ops, NAMESPACE)
         register_flop_formula(getattr(overloads, name))(self._forward_flops)
@@ -243,7 +261,7 @@ class Operator:
         ctx.mark_non_differentiable(carries)
         ctx.set_materialize_grads(False)
 
-    def _autograd(self, ctx, grad_out: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    def _gradients(self, ctx, grad_out: Tensor | None, _) -> tuple[Tensor | None, ...]:
         carries, *tensors = ctx.saved_tensors
         rest = (None,) * (len(ctx.options) + 1)
         if grad_out is None:

@@ -44,12 +44,13 @@ class Linear(nn.Linear):
         origin = origin_of(x)
         if origin is None:
             return linear(x, self.weight, self.bias)
-        # Converted here and not by autocast, whose copies, made inside a function, have no gradient
-        # but would serve other calls too.
-        dtype = autocast_dtype(x) or x.dtype
-        weight = self.weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return LinearOf.apply(x.to(dtype), weight, bias, origin.function, *origin.inputs)
+        weight, bias, dtype = self.weight, self.bias, autocast_dtype(x)
+        if dtype is not None:
+            # Converted here and not by autocast, whose copies, made inside a function, have no
+            # gradient but would serve other calls too.
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -119,14 +120,14 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
             return x.dtype
         return torch.float32 if self.stream else dtype
 
-    def with_origin(self, y: Tensor, x: Tensor) -> Tensor:
-        """Notes on `y` that it is the normalisation of `x`."""
+    def noted(self, y: Tensor, x: Tensor) -> Tensor:
+        """Notes on `y`, which it returns, that it is the normalisation of `x`."""
         function = partial(layer_norm, eps=self.eps, out_dtype=y.dtype)
         return with_origin(y, function, x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
-        return self.with_origin(y, x)
+        return self.noted(y, x)
 
     def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
@@ -139,7 +140,7 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
             eps=self.eps,
             out_dtype=self.out_dtype(x),
         )
-        return total, self.with_origin(y, total)
+        return total, self.noted(y, total)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -267,7 +268,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         act = ACTIVATIONS[self.act]
-        return self.drop(self.fc2(self.drop(with_origin(act(x), act, x))))
+        hidden = act(x)
+        # The gradient of relu keeps its result, and not what it took.
+        if self.act != "relu":
+            hidden = with_origin(hidden, act, x)
+        return self.drop(self.fc2(self.drop(hidden)))
 
 
 class VSSBlock(nn.Module):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DEVICES = {"cuda"}
 """Where: memory is what limits training on GPUs, on CPUs it is time."""
@@ -26,17 +27,27 @@ class Origin(NamedTuple):
 
 
 def recomputes(x: Tensor) -> bool:
-    """Whether maps like `x` may be computed again. Compilers decide that themselves."""
+    """Whether maps like `x` may be computed again, here and now.
+
+    Compilers decide that themselves. Tracers and transforms want operations that they know.
+    """
     return (
-        x.device.type in DEVICES and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        x.device.type in DEVICES
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not x.is_inference()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
 def with_origin(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Notes on `y` that it is `function(*inputs)`, for the linear layer that takes it.
 
-    The note is an attribute of this very tensor, so whatever changes the map on its way, a hook or
-    a layer in the place of ours, leaves it behind.
+    The note is an attribute of this very tensor, so that a hook or a layer in the place of ours
+    that makes another one of it leaves the note behind. One that writes through `y.data` does not:
+    PyTorch cannot tell either.
 
     Returns:
         `y`.
@@ -47,10 +58,8 @@ def with_origin(y: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> 
 
 
 def origin_of(x: Tensor) -> Origin | None:
-    """The origin of a tensor that needs a gradient; None if there is none, or it changed since."""
-    if not recomputes(x) or not x.requires_grad:
-        return None
-    origin = getattr(x, "origin", None)
+    """The origin of a tensor; None if there is none, or if the tensor changed since."""
+    origin = getattr(x, "origin", None) if recomputes(x) else None
     return origin if origin is not None and origin.version == x._version else None
 
 
@@ -59,6 +68,7 @@ class LinearOf(torch.autograd.Function):
 
     Normalised and activated maps are the inputs of a block's linear layers and a third of what
     training would hold, and one pass over memory makes them again from what is held besides.
+    Differentiable once: some of what is held is cut off from the graph.
     """
 
     @staticmethod
@@ -68,7 +78,7 @@ class LinearOf(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         function: Callable[..., Tensor],
-        *inputs: Tensor,
+        inputs: tuple[Tensor, ...],
     ) -> Tensor:
         """The product, all in one dtype; `x` is `function(*inputs)` but for its dtype."""
         ctx.function = function
@@ -76,6 +86,7 @@ class LinearOf(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         rows = grad.flatten(0, -2)
@@ -86,4 +97,4 @@ class LinearOf(torch.autograd.Function):
             grad_weight = rows.t() @ ctx.function(*inputs).to(rows.dtype).flatten(0, -2)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, *(None for _ in inputs)
+        return grad_x, grad_weight, grad_bias, None, None

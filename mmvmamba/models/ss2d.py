@@ -15,7 +15,6 @@ from mmvmamba.models.layers import (
     Linear,
     linear,
 )
-from mmvmamba.models.recompute import recomputes
 from mmvmamba_kernels import (
     depthwise_conv,
     selective_scan,
@@ -126,8 +125,7 @@ class SS2D(KeepsFloat32):
             return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
         proj = linear(x, self.x_proj_weight.flatten(0, 1))
-        keep = recomputes(x)
-        found = selective_scan_2d_norm(
+        y, total = selective_scan_2d_norm(
             x,
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
             self.dt_projs_weight,
@@ -139,9 +137,9 @@ class SS2D(KeepsFloat32):
             eps=self.out_norm.eps,
             out_dtype=self.out_norm.out_dtype(x),
             pattern=self.scan,
-            return_sum=keep,
+            return_sum=True,
         )
-        return self.out_norm.with_origin(*found) if keep else found
+        return y if total is None else self.out_norm.noted(y, total)
 
     def _scan_lines(self, x: Tensor, directions: slice) -> Tensor:
         """Scans every line of (B, lines, L, D) on its own, forward and reversed, and sums both."""

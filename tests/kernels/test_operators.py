@@ -1,6 +1,5 @@
 """What every operator promises to PyTorch: schema, compilers, export, autograd, determinism."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +7,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba_kernels import (
@@ -96,30 +93,6 @@ def test_opcheck_with_absent_arguments(name, present):
     args[present:] = [None] * (len(args) - present)
     overload = getattr(torch.ops.mmvmamba, name).default
     torch.library.opcheck(overload, (*args, *case.options, "auto", True))
-
-
-def test_the_dispatcher_is_asked_only_where_something_needs_it(name, case):
-    """Both ways give the same bits."""
-    args = case.arguments(5)
-    results = []
-    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
-        with profile(activities=[ProfilerActivity.CPU]) as profiler, mode:
-            results.append(output_and_gradients(case.function, args))
-        seen = {event.key for event in profiler.key_averages()}
-        operators = {f"mmvmamba::{name}", f"mmvmamba::{name}_backward"}
-        assert seen & operators == (operators if isinstance(mode, FlopCounterMode) else set())
-    direct, dispatched = results
-    assert all(torch.equal(direct[k], dispatched[k]) for k in dispatched)
-
-
-def test_tensors_of_other_classes_have_their_say(case):
-    """Those of this class have the dispatcher do everything with two tensors."""
-    plain = {key: t.detach() for key, t in case.arguments(5).items()}
-    out = case.function(**{key: TwoTensor(t, t.clone()) for key, t in plain.items()})
-    assert isinstance(out, TwoTensor)
-    expected = case.function(**plain)
-    assert torch.equal(out.a, expected)
-    assert torch.equal(out.b, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -88,13 +88,24 @@ def test_what_is_saved_only_where_gradients_are_needed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_sum_makes_the_result_again(dtype):
     tensors = arguments(dtype)
-    out, total = selective_scan_2d_norm(**tensors, return_sum=True)
+    found = []
+
+    def run(**kwargs):
+        out, total = selective_scan_2d_norm(**kwargs, return_sum=True)
+        found.append(total)
+        return out
+
+    expected = output_and_gradients(selective_scan_2d_norm, tensors)
+    actual = output_and_gradients(run, tensors)
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    (total,) = found
     assert not total.requires_grad
-    again = layer_norm(total, tensors["norm_weight"], tensors["norm_bias"], out_dtype=dtype)
-    assert torch.equal(again, out)
+    norm = tensors["norm_weight"], tensors["norm_bias"]
+    out = run(**tensors)
+    assert torch.equal(layer_norm(total, *norm, out_dtype=dtype), out)
     with torch.no_grad():
-        found = selective_scan_2d_norm(**tensors, return_sum=True)
-    assert all(torch.equal(*pair) for pair in zip(found, (out, total), strict=True))
+        assert torch.equal(run(**tensors), out)
+    assert found[-1] is None
 
 
 def test_flops_are_those_of_the_scan():

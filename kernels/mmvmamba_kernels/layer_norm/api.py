@@ -21,7 +21,7 @@ from mmvmamba_kernels.dispatch import (
     resolve,
 )
 from mmvmamba_kernels.layer_norm import reference
-from mmvmamba_kernels.registration import Pair
+from mmvmamba_kernels.registration import OperatorPair
 
 _OP = "layer_norm"
 
@@ -234,7 +234,7 @@ def _gradients(ctx, grad_total: Tensor | None, grad_out: Tensor | None, _) -> tu
     return grad_x, grad_branch, None, grad_weight, grad_bias, None, None, None, None
 
 
-_pair = Pair(
+_pair = OperatorPair(
     _OP,
     _forward,
     _backward,

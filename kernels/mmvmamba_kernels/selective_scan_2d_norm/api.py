@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
-from mmvmamba_kernels.registration import Pair, autocast_off
+from mmvmamba_kernels.registration import OperatorPair, autocast_off
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
 
 _OP = "selective_scan_2d_norm"
@@ -36,7 +36,7 @@ def selective_scan_2d_norm(
     pattern: str = "cross2d",
     backend: str | None = None,
     return_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """:func:`mmvmamba_kernels.selective_scan_2d` and a layer normalisation of its result.
 
     The sum is rounded to the dtype of ``x`` before it is normalised, but for float16, whose range
@@ -58,11 +58,11 @@ def selective_scan_2d_norm(
         pattern: As ``selective_scan_2d``'s.
         backend: Of the scan; None chooses one per call.
         return_sum: Whether to return what was normalised too, from which :func:`layer_norm` makes
-            the result again; no gradient.
+            the result again.
 
     Returns:
         The normalised sum over the K directions, (B, H, W, D); with ``return_sum``, a pair of it
-        and the sum.
+        and the sum, which has no gradient and is None where nothing needs one.
 
     Raises:
         TypeError: If an argument is not a floating-point tensor, or ``out_dtype`` is not a
@@ -78,7 +78,8 @@ def selective_scan_2d_norm(
         scan = (wide, proj, dt_weight, dt_bias, A, D)
         y = selective_scan_2d(*scan, pattern=pattern, backend=backend)
         out = layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
-        return (out, y.detach()) if return_sum else out
+        total = y.detach() if out.requires_grad else None
+        return (out, total) if return_sum else out
     scan = {
         "x": x,
         "proj": proj,
@@ -96,9 +97,9 @@ def selective_scan_2d_norm(
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
     tensors = (*scan.values(), *norm.values())
-    save = return_sum or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
-    return (out, total) if return_sum else out
+    return (out, total if save else None) if return_sum else out
 
 
 def _runs_fused(x: Tensor, A: Tensor, backend: str | None) -> bool:
@@ -206,7 +207,7 @@ def _gradients(ctx, grad_out: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return *_pair.backward(grad_out, *ctx.saved_tensors, ctx.pattern), None, None, None, None
 
 
-_pair = Pair(
+_pair = OperatorPair(
     _OP,
     _forward,
     _backward,
