@@ -253,7 +253,12 @@ class StrictRunner(Runner):
             # Compiled for the training already; the validation runs it too.
             return
         options = {} if options is True else dict(options)
-        backbone.compile(**options)
+        try:
+            backbone.compile(**options)
+        except (TypeError, RuntimeError) as error:
+            raise UsageError(
+                f"compile={options} of the config is not what torch.compile takes: {error}"
+            ) from error
         self.logger.info(
             f"{type(backbone).__name__} goes through torch.compile({options}): the first "
             "iterations may take minutes."

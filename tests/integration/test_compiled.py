@@ -48,6 +48,25 @@ def test_only_the_backbone_is_compiled(value, project, sample_data, tmp_path, mo
     assert compiled == [(runner.model.backbone, {} if value is True else value)]
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mode": "fast"}, "Unrecognized mode=fast"),
+        ({"backend": "fast"}, "Invalid backend"),
+        ({"speed": "fast"}, "unexpected keyword argument 'speed'"),
+        ({"options": {"fast": True}}, "Unexpected optimization option fast"),
+    ],
+    ids=["mode", "backend", "argument", "option"],
+)
+def test_what_torch_compile_does_not_take(options, reason, project, sample_data, tmp_path):
+    runner = build_runner(project, sample_data, tmp_path)
+    runner.cfg.compile = options
+    with pytest.raises(
+        UsageError, match=f"of the config is not what torch.compile takes.*{reason}"
+    ):
+        runner._maybe_compile("train_step")
+
+
 def test_sync_bn_is_refused_for_channels_last_norms(project, sample_data, tmp_path):
     with pytest.raises(UsageError, match="leave sync_bn out"):
         build_runner(project, sample_data, tmp_path, "model.backbone.norm=bn", "sync_bn=torch")
