@@ -106,15 +106,22 @@ class OperatorPair:
         return self._backward(*values)
 
 
-def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
-    """Whether the dispatcher would do more with a call on these tensors than call the function."""
+def is_transformed() -> bool:
+    """Whether a compiler, a tracer or a function transform is at work, which knows operators."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher would do more with a call on these tensors than call the function."""
+    return (
+        is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
         or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
         or not all(_is_ordinary(t) for t in tensors)
     )
 

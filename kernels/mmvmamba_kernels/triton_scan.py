@@ -119,7 +119,7 @@ class Layout:
     def carries_shape(self, interval: int | None = None) -> tuple[int, ...]:
         """Shape of the states at every ``interval`` positions, by default those that are saved."""
         interval = interval or self.saved_interval
-        intervals = (self.length + interval - 1) // interval
+        intervals = ceil_div(self.length, interval)
         return self.sequences, len(self.paths), intervals, self.states, self.channels
 
 

@@ -59,16 +59,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is made for kernels too, and ten times as slow."""
-    return -(-a // b)
+    return (a + b - 1) // b
 
 
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one in the interpreter."""
     if interpreting():
         return 1
-    if device.index is None:
-        device = torch.device(device.type, torch.get_device_module(device).current_device())
-    return _multiprocessors(device.index)
+    index = device.index
+    if index is None:
+        index = torch.get_device_module(device).current_device()
+    return _multiprocessors(index)
 
 
 @functools.cache

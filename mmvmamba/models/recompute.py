@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmvmamba_kernels.registration import is_transformed
+
 DEVICES = {"cuda"}
 """Where: memory is what limits training on GPUs, on CPUs it is time."""
 
@@ -36,9 +38,7 @@ def recomputes(x: Tensor) -> bool:
         and x.requires_grad
         and torch.is_grad_enabled()
         and not x.is_inference()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
 
 

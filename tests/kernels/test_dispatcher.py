@@ -12,13 +12,17 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvmamba_kernels import layer_norm, selective_scan_2d
-from mmvmamba_kernels.testing import output_and_gradients, selective_scan_2d_arguments
+from mmvmamba_kernels.testing import (
+    add_layer_norm_arguments,
+    output_and_gradients,
+    selective_scan_2d_arguments,
+)
 
 
 def layer_norm_arguments():
-    torch.manual_seed(0)
-    shapes = {"x": (2, 3, 4, 8), "weight": (8,), "bias": (8,)}
-    return {name: torch.randn(shape).requires_grad_() for name, shape in shapes.items()}
+    tensors = add_layer_norm_arguments(2, 3, 4, 8)
+    del tensors["branch"]
+    return tensors
 
 
 # By itself the first would be PyTorch's own operations on the CPU.
