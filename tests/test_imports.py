@@ -1,6 +1,7 @@
 """Imports go one way: tools -> mmvmamba -> mmvmamba_kernels -> torch."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,30 @@ def test_tools_import_no_sibling_tool():
     assert files
     for path in files:
         assert "tools" not in imported(path), path
+
+
+def modules_imported(path: Path, known: set[str]) -> set[str]:
+    """The modules of `known` that a file imports, at its top or in a function."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            # What is imported from a package may be one of its modules.
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= whole & known or {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names & known
+
+
+@pytest.mark.parametrize("package", RULES)
+def test_no_two_modules_import_each_other(package):
+    folder, _ = RULES[package]
+    files = {
+        ".".join((package, *path.relative_to(folder).with_suffix("").parts)): path
+        for path in folder.rglob("*.py")
+        if ".mim" not in path.parts and path.name != "__init__.py"
+    }
+    imports = {name: modules_imported(path, set(files)) for name, path in files.items()}
+    assert sum(map(len, imports.values())) > len(files)
+    # Raises CycleError, which names the modules.
+    TopologicalSorter(imports).prepare()

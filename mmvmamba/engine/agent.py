@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.utils.logging import get_logger
 from torch.distributed.launcher import api as launcher_api
 
-from mmvmamba.engine.launch import NOT_TO_BE_REPEATED
+from mmvmamba.engine.processes import NOT_TO_BE_REPEATED
 
 # The job's store holds the reason under this key once a machine has given up.
 ENDED = "mmvmamba/ended"

@@ -19,8 +19,8 @@ import mmvmamba
 from mmvmamba.compat import StackError
 from mmvmamba.engine.data import check_datasets, find_data, set_data_root
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.launch import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
 from mmvmamba.engine.optim import AmpOptimWrapper
+from mmvmamba.engine.processes import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
 from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.engine.runner import StrictRunner
 from mmvmamba.engine.tasks import (

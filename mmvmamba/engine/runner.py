@@ -21,8 +21,8 @@ from mmvmamba.engine.checkpoint_hook import UNFINISHED, CheckpointHook
 from mmvmamba.engine.data_checks import LeftOutHook, build_dataloader
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.invalid_loss_hook import StopOnInvalidLoss
-from mmvmamba.engine.launch import prepare_launch
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmvmamba.engine.processes import prepare_launch
 from mmvmamba.engine.resume import check_resumable, newest_checkpoint
 from mmvmamba.engine.seeds import build_train_dataloader
 from mmvmamba.engine.wrappers import unwrapped

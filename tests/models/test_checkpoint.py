@@ -513,7 +513,7 @@ def test_two_processes_fetch_once_and_both_load(server, state, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(
         "import sys, torch\n"
-        "from mmvmamba.engine.launch import prepare_launch\n"
+        "from mmvmamba.engine.processes import prepare_launch\n"
         "from mmvmamba.models.checkpoint import read_checkpoint\n"
         "prepare_launch('pytorch', None)\n"
         "sys.stdout.write(f\"keys {len(read_checkpoint(sys.argv[1])['model'])}\\n\")\n"

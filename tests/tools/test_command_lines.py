@@ -8,7 +8,8 @@ import torch
 
 from mmvmamba.engine import cli
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.launch import check_gpus, main, prepare_launch, process_place
+from mmvmamba.engine.launch import main
+from mmvmamba.engine.processes import check_gpus, prepare_launch, process_place
 from mmvmamba.models.checkpoint import CheckpointError
 
 CONFIG = "configs/sample/vmamba-sample_imagenet.py"
