@@ -95,3 +95,19 @@ def sample_data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sample")
     make_sample_data(root, SampleDataParams(num_train=4, num_val=2, image_size=96))
     return root
+
+
+@pytest.fixture(autouse=True)
+def default_scope():
+    """Leaves mmengine's default scope as it was: workers run the tests in any order."""
+
+    def scopes() -> dict:
+        # Not imported for this alone: it takes seconds.
+        registry = sys.modules.get("mmengine.registry")
+        return registry.DefaultScope._instance_dict if registry else {}
+
+    before = dict(scopes())
+    yield
+    after = scopes()
+    after.clear()
+    after.update(before)

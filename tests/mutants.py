@@ -5,10 +5,10 @@
     python tests/mutants.py run --tree OLD --out old.jsonl --only-survivors-of new.jsonl
     python tests/mutants.py table old.jsonl new.jsonl
 
-`make` writes data/mutants.json: places chosen by a seed, more in larger files. Each is kept as a piece
-of the file and what stands there instead, so that it is found again where code has moved. `run` goes
-on where it was interrupted. It works on copies of the last commit of a checkout, in processes that
-are forked from one that has imported what takes long.
+`make` writes data/mutants.json: places chosen by a seed, more in larger files. Each is kept as a
+piece of the file and what stands there instead, so that it is found again where code has moved.
+`run` goes on where it was interrupted. It works on copies of the last commit of a checkout, in
+processes that are forked from one that has imported what takes long.
 """
 
 import argparse
