@@ -307,6 +307,11 @@ class Recorder:
             self.path.write_text(json.dumps({"failed": report.nodeid}))
 
 
+def _end_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
 class Workplace:
     """A copy of a checkout's last commit, in which mutants are made and tests run."""
 
@@ -353,20 +358,22 @@ class Workplace:
                 self._test(test)
             finally:
                 os._exit(70)
-        # On a machine with other work the clock says little.
-        deadline = time.monotonic() + 4 * seconds + 30
+        # On a machine with other work everything takes longer by the clock.
+        crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        deadline = time.monotonic() + (2 * seconds + 30) * crowd
         late = False
-        while True:
-            ended, _, usage = os.wait4(process, os.WNOHANG)
-            if ended:
-                break
-            if time.monotonic() > deadline:
-                late = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process, signal.SIGKILL)
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
+        try:
+            while True:
+                ended, _, usage = os.wait4(process, os.WNOHANG)
+                if ended:
+                    break
+                if time.monotonic() > deadline:
+                    late = True
+                    _end_group(process)
+                time.sleep(0.05)
+        finally:
+            # What tests leave behind too, and the test itself where this run is interrupted.
+            _end_group(process)
         seen = json.loads(self.record.read_text()) if self.record.exists() else {}
         used = usage.ru_utime + usage.ru_stime
         if "failed" in seen:
@@ -469,6 +476,8 @@ def run(options: argparse.Namespace) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     tree = options.tree.resolve()
+    # To an end with everything that this began.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         workers = []
         for number in range(options.jobs):
@@ -487,7 +496,10 @@ def run(options: argparse.Namespace) -> None:
             for process, _ in workers:
                 os.waitpid(process, 0)
         finally:
-            for _, place in workers:
+            for process, place in workers:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(process, signal.SIGTERM)
+                    os.waitpid(process, 0)
                 place.remove(tree)
 
 
