@@ -57,6 +57,17 @@ def test_the_number_of_processes_must_be_one(project, tmp_path):
     assert "must be a positive integer, got 'eight'" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_the_tests_sets_nothing_up(project, tmp_path, option):
+    # Beside the two, nothing: a set-up or a linter would not be found.
+    for name in ("common.sh", "run_tests.sh"):
+        shutil.copy(project / "tools" / name, tmp_path)
+    done = bash(tmp_path / "run_tests.sh", option, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: bash tools/run_tests.sh")
+    assert "--changed" in done.stdout
+
+
 @pytest.fixture
 def recorded_python(tmp_path, monkeypatch):
     """Stands a recorder of arguments in for the active environment's Python."""
