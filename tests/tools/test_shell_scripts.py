@@ -118,6 +118,7 @@ case "$1 $2 $3" in
         tar -czf "${@: -1}/mmcv-2.1.0.tar.gz" -C "$TMPDIR" mmcv-2.1.0 ;;
     "-m pip wheel"*)
         [[ -f "${@: -1}/setup.py" ]] || exit 3
+        printf 'flags %s\n' "$CFLAGS" >>"$CALLS"
         sleep "${BUILD_SECONDS:-0}"
         if [[ -e $BREAK ]]; then echo 'c++: fatal error: Killed signal'; exit 1; fi
         mkdir -p "${@: -2:1}" && touch "${@: -2:1}/mmcv-2.1.0-cp311-cp311-linux.whl" ;;
@@ -222,6 +223,17 @@ def test_a_changed_lock_is_installed_again(machine):
     machine.set_up(folder)
     assert machine.count("--require-hashes --only-binary :all:") == 2
     assert machine.count("pip wheel") == 1
+
+
+def test_other_compiler_flags_are_another_wheel(machine):
+    """The caller's flags come after the set-up's own, which are what optimises the operators."""
+    folder = machine.checkout("first")
+    for flags in ("", "-march=native -I/a folder", ""):
+        status, out = machine.set_up(folder, CFLAGS=flags)
+        assert status == 0, out
+    assert machine.count("flags -O2 -DNDEBUG -g0") == 2
+    assert machine.count("-g0 -march=native -I/a folder") == 1
+    assert len(list((machine.root / "cache").rglob("*.whl"))) == 2
 
 
 def test_a_failed_build_says_what_to_do_and_goes_on_from_its_sources(machine):
