@@ -48,7 +48,7 @@ step() {
         if ((SECONDS - last >= HEARTBEAT_SECONDS)); then
             last=$SECONDS
             # ninja's count of compiled files where there is one, else the newest line.
-            now=$(tail -n 30 "$log" | grep -oE '^ *\[[0-9]+/[0-9]+\]' | tail -n 1 || true)
+            now=$(tail -n 30 "$log" | grep -aoE '^ *\[[0-9]+/[0-9]+\]' | tail -n 1 || true)
             now=${now:+files compiled: ${now// /}}
             [[ -n $now ]] || now=$(tail -n 1 "$log" | tr -d '\r' | cut -c1-80)
             printf -- '   %s: %s\n' "$(elapsed $((SECONDS - begin)))" "$now"
