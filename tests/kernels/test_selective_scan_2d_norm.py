@@ -12,20 +12,13 @@ from mmvmamba_kernels.testing import (
     selective_scan_2d_norm_oracle,
     selective_scan_2d_oracle,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TRITON = GPU or interpreting()
+# In one process with Triton's operator, in one without.
+pytestmark = pytest.mark.triton(elsewhere=True)
 # Those of the scan, beside which the normalisation's are small.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
-
-
-@pytest.mark.skipif(TRITON, reason="the tests of this file run directly")
-def test_through_the_interpreter(interpreted_file):
-    result = interpreted_file
-    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout, result.stdout
 
 
 def arguments(dtype=torch.float32, shape=(2, 3, 5, 6, 2, 1), **options):
@@ -131,7 +124,7 @@ def test_compiled_it_is_the_scan_and_plain_operations():
     assert "selective_scan_2d_norm" not in code
 
 
-@pytest.mark.skipif(not TRITON, reason="the operator is for Triton alone")
+@pytest.mark.triton
 def test_the_operator_keeps_its_promises_to_pytorch():
     overload = torch.ops.mmvmamba.selective_scan_2d_norm.default
     tensors = arguments()
