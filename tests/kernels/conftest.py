@@ -1,5 +1,6 @@
 """Fixtures of the kernel tests."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -10,9 +11,13 @@ from mmvmamba_kernels.triton_support import interpreting
 if interpreting():
     from triton.runtime import interpreter
 
-    # Triton puts the interpreter's functions in the place of the language's at every launch and at
-    # every call of a device function, a quarter of the time; once a function is enough.
+    # Half of the interpreter's time: it puts its functions in the place of the language's at every
+    # launch and every call of a device function, where once a function is enough, and it looks for
+    # overflow in all 32-bit arithmetic, which no map of a test is large enough for.
     interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
     # Until Triton 3.5 they stay there; later a launch removes them when it ends.
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._LangPatchScope.restore = lambda _: None

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import compare, doubled
-from grids import pairwise
 
 from mmvmamba_kernels import (
     BackendError,
@@ -142,20 +141,11 @@ def library(tmp_path_factory):
         yield path
 
 
-# So few multiprocessors that paths are walked as a whole, and so many that they are cut.
-MULTIPROCESSORS = (1, 64)
-
-
-@pytest.fixture
+@pytest.fixture(params=[1, 64], ids=["whole_paths", "chunks"])
 def multiprocessors(request, set_device):
+    """So few that paths are walked as a whole, and so many that they are cut."""
     set_device(request.param)
     return request.param
-
-
-def pairwise_on_devices(names, *axes):
-    """Cases whose device has few multiprocessors or many."""
-    names = [*names.split(", "), "multiprocessors"]
-    return pairwise(names, *axes, MULTIPROCESSORS, indirect=["multiprocessors"])
 
 
 def compare_2d(args, pattern, tolerance):
@@ -176,21 +166,22 @@ def arguments_1d(shape, **kwargs):
     return selective_scan_arguments(*shape, device=DEVICE, **kwargs)
 
 
-@pairwise_on_devices("pattern, dtype", list(PATTERNS), list(TOLERANCE))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_2d_matches_the_definition(pattern, dtype, multiprocessors):
     args = arguments_2d((1, 17, 8, 40, 6, 2), pattern, dtype=dtype)
     compare_2d(args, pattern, TOLERANCE[dtype])
 
 
-@pairwise_on_devices("shape, pattern", SHAPES, list(PATTERNS))
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_2d_of_any_size(shape, pattern, multiprocessors):
     dtype = torch.float64
     compare_2d(arguments_2d(shape, pattern, dtype=dtype), pattern, TOLERANCE[dtype])
 
 
-@pairwise_on_devices(
-    "states, dtype", (1, 2, 4, 16, 64), (torch.float32, torch.bfloat16, torch.float16)
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("states", [1, 2, 4, 16, 64])
 def test_2d_of_any_state_dimension(states, dtype, multiprocessors):
     args = arguments_2d((1, 5, 14, 34, 3, states), dtype=dtype)
     compare_2d(args, "cross2d", TOLERANCE[dtype])
@@ -209,10 +200,9 @@ def test_2d_of_mixed_dtypes_with_float64():
     compare_2d(args, "cross2d", TOLERANCE[torch.float16])
 
 
-@pairwise_on_devices(
-    "shape, dtype",
-    [(2, 3, 20, 1, 65), (1, 1, 1, 1, 1), (2, 2, 33, 4, 130), (1, 35, 2, 7, 9)],
-    list(TOLERANCE),
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 20, 1, 65), (1, 1, 1, 1, 1), (2, 2, 33, 4, 130), (1, 35, 2, 7, 9)], ids=str
 )
 def test_1d_matches_the_definition(shape, dtype, multiprocessors):
     oracle = functools.partial(selective_scan_oracle, delta_softplus=True)
@@ -247,7 +237,6 @@ def test_1d_of_mixed_dtypes():
     )
 
 
-@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS, indirect=True)
 def test_1d_of_a_long_sequence(multiprocessors):
     args = arguments_1d((1, 1, 1, 1, 2**14))
     expected = output_and_gradients(
@@ -324,7 +313,8 @@ def test_nan_is_not_hidden():
         assert scan_2d(**args).isnan().any(), name
 
 
-@pairwise_on_devices("pattern, states", ("cross2d", "columns"), (1, 3))
+@pytest.mark.parametrize("states", [1, 3])
+@pytest.mark.parametrize("pattern", ["cross2d", "columns"])
 def test_two_runs_agree_bit_for_bit(pattern, states, multiprocessors, set_device):
     args = arguments_2d((2, 11, 17, 40, 6, states), pattern)
     function = functools.partial(scan_2d, pattern=pattern)

@@ -5,7 +5,6 @@ import torch
 
 from mmvmamba_kernels import BackendError, add_layer_norm, layer_norm
 from mmvmamba_kernels.testing import add_layer_norm_oracle, errors
-from mmvmamba_kernels.triton_support import interpreting
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
