@@ -21,7 +21,7 @@ pytestmark = pytest.mark.triton(elsewhere=True)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
-def arguments(dtype=torch.float32, shape=(2, 3, 5, 6, 2, 1), **options):
+def arguments(dtype=torch.float32, shape=(2, 2, 3, 6, 2, 1), **options):
     return selective_scan_2d_norm_arguments(*shape, dtype=dtype, device=DEVICE, **options)
 
 
@@ -55,7 +55,7 @@ def test_sums_beyond_float16_are_normalised():
 @pytest.mark.parametrize("pattern", ["unidi", "bidi"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bit_for_bit_as_one_after_the_other(pattern, dtype):
-    tensors = arguments(dtype, (1, 4, 3, 8, 1, 2))
+    tensors = arguments(dtype, (1, 2, 3, 8, 1, 2))
 
     def run(function):
         return output_and_gradients(lambda **t: function(**t, pattern=pattern), tensors)
@@ -104,7 +104,7 @@ def test_the_sum_makes_the_result_again(dtype):
 def test_flops_are_those_of_the_scan():
     with FlopCounterMode(display=False) as counter:
         selective_scan_2d_norm(**arguments())
-    assert counter.get_total_flops() == 4 * 2 * 3 * 5 * 6 * (9 + 1)
+    assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 6 * (9 + 1)
 
 
 def test_compiled_it_is_the_scan_and_plain_operations():
