@@ -25,7 +25,7 @@ def source(project, tmp_path_factory) -> Path:
 
 def make_environment(folder: Path) -> Path:
     """Makes an environment that has this one's packages, but not its mmvmamba; gives its Python."""
-    run_python("-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    run_python("-m", "venv", "--without-pip", folder, cwd=folder.parent, cold=True)
     python = folder / "bin/python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", code, cwd=folder).stdout.strip())
@@ -41,23 +41,23 @@ def install(python: Path, *arguments: str | Path) -> None:
 
 
 WHERE = """
-import json, mmvmamba, mmvmamba_kernels
-from mmengine.config import Config
-from mmvmamba.engine.cli import project_folder
-print(json.dumps([mmvmamba.__file__, mmvmamba_kernels.__file__, str(project_folder())]))
+import json, sys, mmvmamba, mmvmamba_kernels
+from mmvmamba.engine.cli import load_config, project_folder
+found = [mmvmamba.__file__, mmvmamba_kernels.__file__, str(project_folder())]
+print(json.dumps([*found, *(load_config(name).filename for name in sys.argv[1:])]))
 """
 
 
-def where(python: Path, cwd: Path) -> list[Path]:
-    """Where an environment finds the two packages and the folder with configs and tools."""
-    out = run(python, "-c", WHERE, cwd=cwd, PYTHONPATH="").stdout
+def where(python: Path, cwd: Path, *configs: str) -> list[Path]:
+    """Where an environment finds the two packages, the project's folder and configs."""
+    out = run(python, "-c", WHERE, *configs, cwd=cwd, PYTHONPATH="").stdout
     return [Path(path).resolve() for path in json.loads(out.splitlines()[-1])]
 
 
 def test_a_wheel_trains_from_another_directory(source, sample_data, tmp_path):
     wheels = tmp_path / "wheels"
     build = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    run_python(*build, "-w", wheels, source, cwd=tmp_path)
+    run_python(*build, "-w", wheels, source, cwd=tmp_path, cold=True)
     python = make_environment(tmp_path / "environment")
     install(python, next(wheels.glob("mmvmamba-*.whl")))
 
@@ -77,6 +77,7 @@ def test_a_wheel_trains_from_another_directory(source, sample_data, tmp_path):
     run(
         *("bash", script, config, "1", *arguments),
         cwd=elsewhere,
+        cold=True,
         PATH=path,
         VIRTUAL_ENV=str(python.parents[1]),
         PYTHONPATH="",
@@ -87,15 +88,11 @@ def test_a_wheel_trains_from_another_directory(source, sample_data, tmp_path):
 def test_an_editable_install_sees_edits(source, tmp_path):
     python = make_environment(tmp_path / "environment")
     install(python, "-e", source)
-    package, kernels, project = where(python, tmp_path)
+    edited = source / "configs/sample/edited.py"
+    edited.write_text("_base_ = './vmamba-sample_imagenet.py'")
+    package, kernels, project, config = where(python, tmp_path, "mmvmamba::sample/edited.py")
     assert package == (source / "mmvmamba/__init__.py").resolve()
     assert kernels == (source / "kernels/mmvmamba_kernels/__init__.py").resolve()
     assert project == source.resolve()
-    (source / "configs/sample/edited.py").write_text(
-        "_base_ = './vmamba-sample_imagenet.py'\nx = 7"
-    )
-    code = (
-        "from mmvmamba.engine.cli import load_config as c; print(c('mmvmamba::sample/edited.py').x)"
-    )
-    assert run(python, "-c", code, cwd=tmp_path, PYTHONPATH="").stdout.split()[-1] == "7"
+    assert config == edited.resolve()
     run(python, source / "tools/test.py", "--help", cwd=tmp_path, PYTHONPATH="")

@@ -26,7 +26,7 @@ def openmim(tmp_path_factory) -> Path:
     """A folder with openmim, for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("openmim")
     fetch = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder)
-    done = run_python(*fetch, *OPENMIM, cwd=folder, check=False)
+    done = run_python(*fetch, *OPENMIM, cwd=folder, check=False, cold=True)
     if done.returncode:
         pytest.skip(f"openmim cannot be fetched: {done.stdout[-300:]}")
     return folder
@@ -81,7 +81,7 @@ def assert_listed(output: str, project: Path) -> None:
 
 def test_in_a_wheel(checkout, weights, openmim, sample_data, tmp_path):
     build = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    run_python(*build, "-w", tmp_path / "wheels", checkout, cwd=tmp_path)
+    run_python(*build, "-w", tmp_path / "wheels", checkout, cwd=tmp_path, cold=True)
     python = make_environment(tmp_path / "environment")
     install(python, next((tmp_path / "wheels").glob("mmvmamba-*.whl")))
     call = functools.partial(mim, python, openmim, tmp_path)
