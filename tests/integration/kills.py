@@ -159,24 +159,28 @@ def train_with_kills(training: Training, kills: int, seed: int) -> tuple[dict, i
     hit = 0
     process, alone = None, training.processes == 1
     reach = max(1, 2 * training.steps // (kills + 1) - 1)
-    for _ in range(kills):
+    try:
+        for _ in range(kills):
+            if process is None:
+                process = training.start(MAX_RESTARTS=str(kills))
+            target = min(training.step() + dice.randint(1, reach), training.steps - 1)
+            if training.step() >= training.steps - 1:
+                break
+            assert training.wait_for(target, process), training.output()[-6000:]
+            time.sleep(dice.uniform(0, 0.2))
+            if alone:
+                training.end(process)
+                process = None
+            else:
+                os.kill(dice.choice(training.workers(process)), signal.SIGKILL)
+            hit += any(training.work_dir.glob("*.part"))
         if process is None:
-            process = training.start(MAX_RESTARTS=str(kills))
-        target = min(training.step() + dice.randint(1, reach), training.steps - 1)
-        if training.step() >= training.steps - 1:
-            break
-        assert training.wait_for(target, process), training.output()[-6000:]
-        time.sleep(dice.uniform(0, 0.2))
-        if alone:
+            return training.finish(), hit
+        assert process.wait(600) == 0, training.output()[-6000:]
+        return training.last(), hit
+    finally:
+        if process is not None:
             training.end(process)
-            process = None
-        else:
-            os.kill(dice.choice(training.workers(process)), signal.SIGKILL)
-        hit += any(training.work_dir.glob("*.part"))
-    if process is None:
-        return training.finish(), hit
-    assert process.wait(600) == 0, training.output()[-6000:]
-    return training.last(), hit
 
 
 def differences(one: object, other: object, place: str = "") -> list[str]:
