@@ -32,7 +32,8 @@ model = dict(
     backbone=dict(
         _delete_=True, type="mmvmamba.VMamba", out_indices=(0, 1, 2, 3),
         arch=dict(dims=16, depths=(1, 1, 1, 1), d_state=1, ssm_ratio=1.0, mlp_ratio=2.0)),
-    neck=dict(in_channels=[16, 32, 64, 128]))
+    neck=dict(in_channels=[16, 32, 64, 128]),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=20), rcnn=dict(sampler=dict(num=32))))
 resize = dict(type="Resize", scale=(96, 96), keep_ratio=True)
 train_pipeline = [dict(type="LoadImageFromFile"),
                   dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
