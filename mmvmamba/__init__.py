@@ -4,7 +4,7 @@ from mmvmamba.compat import (
     allow_mmengine_checkpoints,
     check_downloaded_weights,
     check_stack,
-    diagnosing,
+    imported_for,
     register_config_scope,
 )
 from mmvmamba.version import __version__
@@ -12,8 +12,10 @@ from mmvmamba.version import __version__
 __all__ = ["__version__"]
 
 # A stack that does not work is what the doctor has to be able to run on.
-if not diagnosing():
+if not imported_for("mmvmamba.doctor"):
     check_stack()
-    allow_mmengine_checkpoints()
-    check_downloaded_weights()
-    register_config_scope()
+    # The launcher reads no weights, and what these import takes seconds.
+    if not imported_for("mmvmamba.engine.launch"):
+        allow_mmengine_checkpoints()
+        check_downloaded_weights()
+        register_config_scope()

@@ -8,6 +8,7 @@ missing.
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import pairwise
 
 from packaging.specifiers import SpecifierSet
 
@@ -106,12 +107,12 @@ def check_stack() -> None:
         raise StackError("\n  ".join(["the installed packages do not fit together.", *problems]))
 
 
-def diagnosing() -> bool:
-    """Whether Python runs `python -m mmvmamba.doctor`, which speaks of the whole stack itself.
+def imported_for(module: str) -> bool:
+    """Whether Python imports the package to run `python -m MODULE`.
 
-    While Python imports the package for it, `sys.argv` begins with '-m'.
+    While it does, `sys.argv` begins with '-m'.
     """
-    return sys.argv[:1] == ["-m"] and "mmvmamba.doctor" in sys.orig_argv
+    return sys.argv[:1] == ["-m"] and ("-m", module) in pairwise(sys.orig_argv)
 
 
 def _history_buffer_statistic(owner: type, name: str):

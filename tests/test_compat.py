@@ -1,12 +1,12 @@
 """The check of the stack and the registrations that mmengine needs."""
 
 import importlib.metadata
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from packaging.requirements import Requirement
@@ -92,4 +92,4 @@ def test_no_module_of_mmpretrain_is_imported_for_a_backbone():
         "import sys; import mmvmamba.models; "
         "sys.exit(any(m.split('.')[0] in ('mmpretrain', 'mmdet', 'mmseg') for m in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert warm.run([sys.executable, "-c", code], tasks=False, timeout=120).returncode == 0

@@ -353,9 +353,20 @@ def test_it_runs_where_the_stack_is_missing(tmp_path, package):
 def test_only_the_doctor_is_spared_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["-m"])
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", "mmvmamba.doctor"])
-    assert compat.diagnosing()
-    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", "mmvmamba.engine.launch"])
-    assert not compat.diagnosing()
+    assert compat.imported_for("mmvmamba.doctor")
+    for others in (["mmvmamba.engine.launch"], ["other", "mmvmamba.doctor"]):
+        monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", *others])
+        assert not compat.imported_for("mmvmamba.doctor")
     monkeypatch.setattr(sys, "argv", ["train.py", "mmvmamba.doctor"])
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "train.py", "mmvmamba.doctor"])
-    assert not compat.diagnosing()
+    assert not compat.imported_for("mmvmamba.doctor")
+
+
+def test_the_launcher_is_spared_the_imports_of_trainings():
+    """They take as long as its own."""
+    command = [sys.executable, "-X", "importtime", "-m", "mmvmamba.engine.launch", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "torch.distributed.run" in imported
+    assert not imported & {"torchvision", "mmcv", "mmengine.runner"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 pytest.importorskip("skimage", reason="the sample data needs scikit-image")
@@ -258,11 +259,10 @@ def test_silly_parameters_are_named(name, value):
 
 def test_command_line_from_another_directory(tmp_path):
     command = [sys.executable, str(TOOL), "--num-train=1", "--num-val=1", "--image-size=96"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     first, second, wrong = (
-        subprocess.run(
-            [*command, *extra], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        for extra in ([], [], ["--image-size=7"])
+        warm.run([*command, *extra], cold=cold, tasks=False, cwd=tmp_path, timeout=120, **pipes)
+        for extra, cold in (([], True), ([], False), (["--image-size=7"], False))
     )
     assert first.returncode == 0, first.stderr
     assert "Made" in first.stderr

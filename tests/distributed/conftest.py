@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 from jobs import CURVES, GLOBAL_BATCH, RECIPES, STEPS, Ended, Machine, curves, free_port
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +57,7 @@ def start(tmp_path_factory) -> Callable[..., subprocess.Popen]:
         environment = clean_environment(
             PYTHONPATH=os.pathsep.join(filter(None, paths)), **machine.variables, **variables
         )
-        process = subprocess.Popen(
+        process = warm.Popen(
             [*machine.inside, *map(str, command)],
             cwd=elsewhere,
             env=environment,

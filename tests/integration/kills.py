@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import warm
 from tiny import Task, clean_environment
 
 # Everything that a training carries from step to step: an average of the weights, a scale of the
@@ -76,8 +77,8 @@ class Training:
             *("--data-root", str(data / task.data), "--resume", "--cfg-options", *shrunk),
         ]
 
-    def start(self, **variables: str) -> subprocess.Popen:
-        """Starts it, or goes on with it."""
+    def start(self, cold: bool = False, **variables: str) -> subprocess.Popen:
+        """Starts it, or goes on with it; see `warm` for what is cold."""
         if self.processes == 1:
             command = [sys.executable, str(self.project / "tools/train.py"), *self.arguments]
         else:
@@ -85,7 +86,7 @@ class Training:
             config, *others = self.arguments
             command = ["bash", script, config, str(self.processes), *others]
         with (self.folder / "output.txt").open("ab") as output:
-            return subprocess.Popen(
+            return (subprocess.Popen if cold else warm.Popen)(
                 command,
                 env=clean_environment(**variables),
                 cwd=self.folder,
@@ -94,9 +95,9 @@ class Training:
                 start_new_session=True,
             )
 
-    def finish(self, timeout: float = 600, **variables: str) -> dict:
+    def finish(self, timeout: float = 600, cold: bool = False) -> dict:
         """Runs it to its end, and returns its last checkpoint."""
-        process = self.start(**variables)
+        process = self.start(cold)
         try:
             status = process.wait(timeout)
         finally:
@@ -129,7 +130,9 @@ class Training:
     def workers(self, process: subprocess.Popen) -> list[int]:
         """The training processes that a launcher has started, without their data loaders."""
         listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+            ["ps", "-o", "pid=,comm=,args=", "--ppid", str(process.pid)],
+            capture_output=True,
+            text=True,
         ).stdout
         return [int(line.split()[0]) for line in listed.splitlines() if "train.py" in line]
 
@@ -156,24 +159,28 @@ def train_with_kills(training: Training, kills: int, seed: int) -> tuple[dict, i
     hit = 0
     process, alone = None, training.processes == 1
     reach = max(1, 2 * training.steps // (kills + 1) - 1)
-    for _ in range(kills):
+    try:
+        for _ in range(kills):
+            if process is None:
+                process = training.start(MAX_RESTARTS=str(kills))
+            target = min(training.step() + dice.randint(1, reach), training.steps - 1)
+            if training.step() >= training.steps - 1:
+                break
+            assert training.wait_for(target, process), training.output()[-6000:]
+            time.sleep(dice.uniform(0, 0.2))
+            if alone:
+                training.end(process)
+                process = None
+            else:
+                os.kill(dice.choice(training.workers(process)), signal.SIGKILL)
+            hit += any(training.work_dir.glob("*.part"))
         if process is None:
-            process = training.start(MAX_RESTARTS=str(kills))
-        target = min(training.step() + dice.randint(1, reach), training.steps - 1)
-        if training.step() >= training.steps - 1:
-            break
-        assert training.wait_for(target, process), training.output()[-6000:]
-        time.sleep(dice.uniform(0, 0.2))
-        if alone:
+            return training.finish(), hit
+        assert process.wait(600) == 0, training.output()[-6000:]
+        return training.last(), hit
+    finally:
+        if process is not None:
             training.end(process)
-            process = None
-        else:
-            os.kill(dice.choice(training.workers(process)), signal.SIGKILL)
-        hit += any(training.work_dir.glob("*.part"))
-    if process is None:
-        return training.finish(), hit
-    assert process.wait(600) == 0, training.output()[-6000:]
-    return training.last(), hit
 
 
 def differences(one: object, other: object, place: str = "") -> list[str]:

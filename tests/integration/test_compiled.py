@@ -1,5 +1,6 @@
 """`compile=` in a config: the backbone is compiled, in each of the three tasks."""
 
+import itertools
 import math
 
 import pytest
@@ -10,9 +11,17 @@ from mmvmamba.engine import cli
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models import VMamba
 
+# The graphs of the compiler without its code generation, which takes minutes on a CPU: those of the
+# forward pass, or of both.
+SHORT = {("mmdet", "eager"), ("mmpretrain", "aot_eager"), ("mmseg", "eager")}
+CASES = [
+    pytest.param(*case, marks=() if case in SHORT else pytest.mark.slow)
+    for case in itertools.product(TASKS, ("eager", "aot_eager"))
+]
 
-@pytest.mark.parametrize("name", sorted(TASKS))
-def test_a_compiled_training(name, project, sample_data, tmp_path, monkeypatch):
+
+@pytest.mark.parametrize(("name", "backend"), CASES)
+def test_a_compiled_training(name, backend, project, sample_data, tmp_path, monkeypatch):
     task = TASKS[name]
     compiled = []
     original = torch.nn.Module.compile
@@ -23,10 +32,9 @@ def test_a_compiled_training(name, project, sample_data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", record)
     arguments = command_line(task, project, sample_data, tmp_path)
-    # The graphs of the compiler without its code generation, which takes minutes on a CPU.
-    cli.train(cli.parse_train_arguments([*arguments, "compile.backend=aot_eager"]))
+    cli.train(cli.parse_train_arguments([*arguments, f"compile.backend={backend}"]))
     # Once, for the training and its validation.
-    assert [(name, options["backend"]) for name, options in compiled] == [("VMamba", "aot_eager")]
+    assert [(name, options["backend"]) for name, options in compiled] == [("VMamba", backend)]
     losses = [line["loss"] for line in scalars(tmp_path) if "loss" in line]
     assert losses
     assert all(math.isfinite(loss) for loss in losses)

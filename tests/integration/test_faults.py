@@ -260,7 +260,8 @@ def test_two_deterministic_runs_are_the_same(project, sample_data, tmp_path, nam
         training = Training(TASKS[name], project, sample_data, tmp_path / run, 4)
         training.arguments.remove("randomness.seed=0")
         training.arguments.append("randomness.deterministic=True")
-        training.finish()
+        # Two interpreters hash strings differently.
+        training.finish(cold=run == "second")
         curves.append(losses(training))
     assert len(curves[0]) == 4
     assert curves[0] == curves[1]

@@ -1,31 +1,67 @@
-"""A wheel and an editable install, each in an environment of its own."""
+"""A wheel and an editable install, each in an environment of its own, directly and with openmim."""
 
+import functools
+import http.server
 import json
 import shutil
 import sysconfig
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import TASKS, command_line, run, run_python
 
+TASK = TASKS["mmpretrain"]
+NAME = Path(TASK.config).stem
 # What git does not keep would make the copy slow and the wheel wrong.
 LEFT_OUT = shutil.ignore_patterns(
     *(".git", ".venv", "data", "work_dirs", "build", "dist", ".mim", "*.egg-info", "__pycache__"),
     *(".*_cache", ".hypothesis", "golden"),
 )
+# openmim and what it imports, without the packages that only its `--dataset` needs: those ask for
+# old versions of others.
+OPENMIM = (
+    *("openmim==0.3.9", "colorama", "pandas", "python-dateutil", "six", "tabulate"),
+    *("requests", "certifi", "charset-normalizer", "idna", "urllib3"),
+)
+OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
 
 
 @pytest.fixture(scope="module")
-def source(project, tmp_path_factory) -> Path:
-    """A copy of the checkout, to build in."""
+def weights(tmp_path_factory):
+    """A folder and the address under which it is served."""
+    folder = tmp_path_factory.mktemp("weights")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def checkout(project, weights, tmp_path_factory) -> Path:
+    """A copy of the checkout whose index has one more model: the sample, with weights."""
     copy = tmp_path_factory.mktemp("checkout") / "mmvmamba"
     shutil.copytree(project, copy, ignore=LEFT_OUT)
+    entry = {
+        "Name": NAME,
+        "In Collection": "VMamba",
+        "Metadata": {"Epochs": 1},
+        "Config": f"configs/{TASK.config}",
+        "Weights": f"{weights[1]}/{TASK.last}",
+    }
+    (copy / "configs/sample/metafile.yml").write_text(yaml.safe_dump({"Models": [entry]}))
+    index = yaml.safe_load((copy / "model-index.yml").read_text())
+    index["Import"].append("configs/sample/metafile.yml")
+    (copy / "model-index.yml").write_text(yaml.safe_dump(index))
     return copy
 
 
 def make_environment(folder: Path) -> Path:
     """Makes an environment that has this one's packages, but not its mmvmamba; gives its Python."""
-    run_python("-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    run_python("-m", "venv", "--without-pip", folder, cwd=folder.parent, cold=True)
     python = folder / "bin/python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", code, cwd=folder).stdout.strip())
@@ -36,66 +72,148 @@ def make_environment(folder: Path) -> Path:
 
 
 def install(python: Path, *arguments: str | Path) -> None:
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    run(python, "-m", "pip", "install", *options, *arguments, cwd=python.parent, PYTHONPATH="")
+    run(python, "-m", "pip", "install", *OFFLINE, *arguments, cwd=python.parent, PYTHONPATH="")
+
+
+@pytest.fixture(scope="module")
+def in_wheel(checkout, tmp_path_factory) -> Path:
+    """The Python of an environment with a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ("-m", "pip", "wheel", *OFFLINE, "-w", folder, checkout)
+    run_python(*build, cwd=folder, cold=True)
+    python = make_environment(folder / "environment")
+    install(python, next(folder.glob("mmvmamba-*.whl")))
+    return python
+
+
+@pytest.fixture(scope="module")
+def in_editable(checkout, tmp_path_factory) -> Path:
+    """The Python of an environment with an editable install."""
+    python = make_environment(tmp_path_factory.mktemp("editable") / "environment")
+    install(python, "-e", checkout)
+    return python
 
 
 WHERE = """
-import json, mmvmamba, mmvmamba_kernels
-from mmengine.config import Config
-from mmvmamba.engine.cli import project_folder
-print(json.dumps([mmvmamba.__file__, mmvmamba_kernels.__file__, str(project_folder())]))
+import json, sys, mmvmamba, mmvmamba_kernels
+from mmvmamba.engine.cli import load_config, project_folder
+found = [mmvmamba.__file__, mmvmamba_kernels.__file__, str(project_folder())]
+print(json.dumps([*found, *(load_config(name).filename for name in sys.argv[1:])]))
 """
 
 
-def where(python: Path, cwd: Path) -> list[Path]:
-    """Where an environment finds the two packages and the folder with configs and tools."""
-    out = run(python, "-c", WHERE, cwd=cwd, PYTHONPATH="").stdout
+def where(python: Path, cwd: Path, *configs: str) -> list[Path]:
+    """Where an environment finds the two packages, the project's folder and configs."""
+    out = run(python, "-c", WHERE, *configs, cwd=cwd, PYTHONPATH="").stdout
     return [Path(path).resolve() for path in json.loads(out.splitlines()[-1])]
 
 
-def test_a_wheel_trains_from_another_directory(source, sample_data, tmp_path):
-    wheels = tmp_path / "wheels"
-    build = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet")
-    run_python(*build, "-w", wheels, source, cwd=tmp_path)
-    python = make_environment(tmp_path / "environment")
-    install(python, next(wheels.glob("mmvmamba-*.whl")))
-
+def test_a_wheel_trains_from_another_directory(in_wheel, sample_data, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    package, kernels, project = where(python, elsewhere)
-    assert package.is_relative_to(tmp_path)
-    assert kernels.is_relative_to(tmp_path)
+    package, kernels, project = where(in_wheel, elsewhere)
+    assert package.is_relative_to(in_wheel.parents[1])
+    assert kernels.is_relative_to(in_wheel.parents[1])
     assert project == package.parent / ".mim"
     assert (project / "model-index.yml").is_file()
 
-    task = TASKS["mmpretrain"]
-    arguments = command_line(task, project, sample_data, elsewhere / "out")[1:]
-    config = f"mmvmamba::{task.config}"
+    arguments = command_line(TASK, project, sample_data, elsewhere / "out")[1:]
+    config = f"mmvmamba::{TASK.config}"
     script = project / "tools/dist_train.sh"
-    path = f"{python.parent}:/usr/bin:/bin"
+    path = f"{in_wheel.parent}:/usr/bin:/bin"
     run(
         *("bash", script, config, "1", *arguments),
         cwd=elsewhere,
+        cold=True,
         PATH=path,
-        VIRTUAL_ENV=str(python.parents[1]),
+        VIRTUAL_ENV=str(in_wheel.parents[1]),
         PYTHONPATH="",
     )
-    assert (elsewhere / "out" / task.last).is_file()
+    assert (elsewhere / "out" / TASK.last).is_file()
 
 
-def test_an_editable_install_sees_edits(source, tmp_path):
-    python = make_environment(tmp_path / "environment")
-    install(python, "-e", source)
-    package, kernels, project = where(python, tmp_path)
-    assert package == (source / "mmvmamba/__init__.py").resolve()
-    assert kernels == (source / "kernels/mmvmamba_kernels/__init__.py").resolve()
-    assert project == source.resolve()
-    (source / "configs/sample/edited.py").write_text(
-        "_base_ = './vmamba-sample_imagenet.py'\nx = 7"
+def test_an_editable_install_sees_edits(in_editable, checkout, tmp_path):
+    edited = checkout / "configs/sample/edited.py"
+    edited.write_text("_base_ = './vmamba-sample_imagenet.py'")
+    package, kernels, project, config = where(in_editable, tmp_path, "mmvmamba::sample/edited.py")
+    assert package == (checkout / "mmvmamba/__init__.py").resolve()
+    assert kernels == (checkout / "kernels/mmvmamba_kernels/__init__.py").resolve()
+    assert project == checkout.resolve()
+    assert config == edited.resolve()
+    run(in_editable, checkout / "tools/test.py", "--help", cwd=tmp_path, PYTHONPATH="")
+
+
+@pytest.fixture(scope="module")
+def openmim(tmp_path_factory) -> Path:
+    """A folder with openmim, for PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("openmim")
+    fetch = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder)
+    done = run_python(*fetch, *OPENMIM, cwd=folder, check=False, cold=True)
+    if done.returncode:
+        pytest.skip(f"openmim cannot be fetched: {done.stdout[-300:]}")
+    return folder
+
+
+def mim(python: Path, openmim: Path, cwd: Path, *arguments: str | Path, check=True) -> str:
+    """Runs a command of mim in an environment; gives its output."""
+    # mim makes a folder for downloads in the home directory.
+    variables = {"PYTHONPATH": str(openmim), "HOME": str(openmim)}
+    return run(python, "-m", "mim", *arguments, cwd=cwd, check=check, **variables).stdout
+
+
+def names(project: Path) -> set[str]:
+    """The models of a checkout's metafiles."""
+    index = yaml.safe_load((project / "model-index.yml").read_text())["Import"]
+    files = (yaml.safe_load((project / path).read_text()) for path in index)
+    return {model["Name"] for file in files for model in file["Models"]}
+
+
+def assert_listed(output: str, project: Path) -> None:
+    listed = yaml.safe_load(output[output.index("[") : output.rindex("]") + 1])
+    assert set(listed) == names(project)
+
+
+def test_a_wheel_with_openmim(in_wheel, checkout, weights, openmim, sample_data, tmp_path):
+    call = functools.partial(mim, in_wheel, openmim, tmp_path)
+
+    assert_listed(call("search", "mmvmamba", "--valid-config"), checkout)
+
+    arguments = command_line(TASK, Path(), sample_data, tmp_path / "out")[1:]
+    call("train", "mmvmamba", f"{NAME}.py", "--gpus", "0", *arguments)
+    trained = tmp_path / "out" / TASK.last
+    assert trained.is_file()
+
+    trained.rename(weights[0] / TASK.last)
+    call("download", "mmvmamba", "--config", NAME, "--dest", tmp_path / "got")
+    assert (tmp_path / "got" / TASK.last).stat().st_size > 1000
+    config = tmp_path / "got" / f"{NAME}.py"
+    checkpoint = ("--checkpoint", tmp_path / "got" / TASK.last)
+    arguments = command_line(TASK, Path(), sample_data, tmp_path / "tested")[1:]
+    output = call("test", "mmvmamba", config, *checkpoint, "--gpus", "0", *arguments)
+    assert TASK.metric in output
+
+
+def test_an_editable_install_with_openmim(in_editable, checkout, openmim, tmp_path):
+    call = functools.partial(mim, in_editable, openmim, tmp_path)
+
+    assert_listed(call("search", "mmvmamba", "--valid-config"), checkout)
+
+    (checkout / "configs/sample/edited.py").write_text("_base_ = './vmamba-sample_imagenet.py'")
+    data = ("--data-root", "/nowhere")
+    output = call("train", "mmvmamba", "edited.py", "--gpus", "0", *data, check=False)
+    assert f"use {checkout}/configs/sample/edited.py" in " ".join(output.split())
+    # The script ran, and read the config.
+    assert "error: the train data set (ImageNet) is not there: /nowhere does not exist" in output
+
+    # The names that other tools read from the metadata are still there.
+    metadata = next(in_editable.parents[1].rglob("mmvmamba-*.dist-info"))
+    assert {"mmvmamba", "mmvmamba_kernels"} <= set(
+        (metadata / "top_level.txt").read_text().splitlines()
     )
-    code = (
-        "from mmvmamba.engine.cli import load_config as c; print(c('mmvmamba::sample/edited.py').x)"
+
+
+def test_configs_can_be_found_by_their_file_name(project):
+    files = Counter(
+        path.name for path in (project / "configs").rglob("*.py") if "_base_" not in path.parts
     )
-    assert run(python, "-c", code, cwd=tmp_path, PYTHONPATH="").stdout.split()[-1] == "7"
-    run(python, source / "tools/test.py", "--help", cwd=tmp_path, PYTHONPATH="")
+    assert [name for name, count in files.items() if count > 1] == []

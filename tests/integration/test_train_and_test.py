@@ -161,7 +161,9 @@ def test_two_processes_on_the_cpu(project, sample_data, tmp_path):
     sync_bn = ("model.decode_head.norm_cfg.type=SyncBN",)
     arguments = [*command_line(task, project, sample_data, tmp_path), *sync_bn]
     train = run(
-        "bash", project / "tools/dist_train.sh", arguments[0], "2", *arguments[1:], cwd=tmp_path
+        *("bash", project / "tools/dist_train.sh", arguments[0], "2", *arguments[1:]),
+        cwd=tmp_path,
+        cold=True,
     )
     assert "SyncBN does not run on the CPU" in train.stdout
     checkpoint = tmp_path / task.last

@@ -8,6 +8,8 @@ import sys
 import uuid
 from pathlib import Path
 
+import warm
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -134,18 +136,24 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, cwd: Path, check: bool = True, timeout: int = 240, **variables: str
+    *command: str | Path,
+    cwd: Path,
+    check: bool = True,
+    timeout: int = 240,
+    cold: bool = False,
+    tasks: bool = True,
+    **variables: str,
 ) -> subprocess.CompletedProcess:
-    """Runs a program; its output, errors included, is in `stdout`."""
-    done = subprocess.run(
+    """Runs a program as `warm.run` does; its output, errors included, is in `stdout`."""
+    done = warm.run(
         [str(part) for part in command],
+        cold=cold,
+        tasks=tasks,
         cwd=cwd,
         env=clean_environment(**variables),
-        text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=timeout,
-        check=False,
     )
     assert not check or done.returncode == 0, done.stdout[-6000:]
     return done

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import warm
 
 from mmvmamba.engine import cli
 from mmvmamba.engine.errors import UsageError
@@ -144,11 +145,13 @@ def test_a_launcher_that_did_not_launch(monkeypatch):
 @pytest.mark.parametrize("tool", ["train.py", "test.py"])
 def test_mistakes_end_with_one_message(project, tmp_path, tool):
     arguments = ["configs/nothing.py", *(["weights.pth"] if tool == "test.py" else [])]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, project / "tools" / tool, *arguments],
+        tasks=False,
+        cold=tool == "test.py",
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         timeout=120,
     )
     assert done.returncode == 1
