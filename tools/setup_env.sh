@@ -250,14 +250,14 @@ WHEELS=$CACHE/mmcv$(sed -n 's/^mmcv==\([^ ]*\).*/\1/p' requirements/mmcv.txt)-to
 stack_key=$(content_hash "$REQUIREMENTS")
 mmcv_key=$(basename "$WHEELS")-$(content_hash requirements/mmcv.txt)
 package_key=$(content_hash setup.py pyproject.toml)
-kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/csrc kernels/mmvmamba_kernels/build.py -type f -print0 | sort -z | xargs -0 cat | content_hash)
+kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/backends/native/{csrc,build.py} -type f -print0 | sort -z | xargs -0 cat | content_hash)
 printf 'mmvmamba set-up: Python %s, %s, %s compiler processes\n' "$version" "$ACCELERATOR" "$JOBS"
 # Found now rather than after the download.
 [[ -f $STAMPS/stack ]] || check_disk
 [[ -n $(cached_wheel) ]] || check_compiler "$python"
 # Files that the stamps vouch for but that someone has removed are made again.
 [[ -e mmvmamba/.mim/configs && -e mmvmamba/.mim/tools ]] || rm -f "$STAMPS/mmvmamba"
-[[ -n $(find kernels/mmvmamba_kernels/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
+[[ -n $(find kernels/mmvmamba_kernels/backends/native/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
 
 step venv "$tag" '5 s' "environment ${VENV##*/}" make_venv "$python"
 step stack "$stack_key" '3 min, 5 GB' 'pinned packages' \

@@ -16,16 +16,9 @@ import pytest
 import torch
 from comparison import compare, doubled
 
-from mmvmamba_kernels import (
-    BackendError,
-    build,
-    cuda_scan,
-    dispatch,
-    extension,
-    selective_scan,
-    selective_scan_2d,
-)
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels import BackendError, dispatch, selective_scan, selective_scan_2d
+from mmvmamba_kernels.backends.native import build, cuda_scan, extension
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -411,7 +404,7 @@ _GUARDED = textwrap.dedent("""
     import mmap
     import sys
     import torch
-    from mmvmamba_kernels import cuda_scan
+    from mmvmamba_kernels.backends.native import cuda_scan
     from mmvmamba_kernels.selective_scan_2d import cuda_impl
     from mmvmamba_kernels.testing import selective_scan_2d_arguments
 

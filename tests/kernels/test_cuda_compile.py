@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from mmvmamba_kernels import build, extension
+from mmvmamba_kernels.backends.native import build, extension
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmvmamba_kernels import BackendError, add_layer_norm, layer_norm
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import add_layer_norm_oracle, errors
-from mmvmamba_kernels.triton_support import interpreting
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

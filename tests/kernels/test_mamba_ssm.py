@@ -11,7 +11,8 @@ import types
 import pytest
 import torch
 
-from mmvmamba_kernels import BackendError, dispatch, mamba_ssm_support, selective_scan
+from mmvmamba_kernels import BackendError, dispatch, selective_scan
+from mmvmamba_kernels.backends import mamba_ssm
 from mmvmamba_kernels.dispatch import Problem
 from mmvmamba_kernels.selective_scan import reference
 from mmvmamba_kernels.testing import (
@@ -139,10 +140,10 @@ def any_algorithm():
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorithm):
-    monkeypatch.setattr(mamba_ssm_support.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
 
     def replace(**changes):
-        return mamba_ssm_support.can_run(dataclasses.replace(GPU, **changes))
+        return mamba_ssm.can_run(dataclasses.replace(GPU, **changes))
 
     assert replace() is None
     assert "on 'cpu'" in replace(device=torch.device("cpu"))
@@ -153,7 +154,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorith
 
 
 def test_it_is_never_chosen_unasked(monkeypatch):
-    monkeypatch.setattr(mamba_ssm_support.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
     backends = dispatch._registry["selective_scan"]
     monkeypatch.setattr(
         dispatch,

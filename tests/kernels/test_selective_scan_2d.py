@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mmvmamba_kernels
-from mmvmamba_kernels import chunked_scan
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.backends.reference import chunked_scan
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,

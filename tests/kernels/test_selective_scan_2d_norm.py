@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba_kernels import layer_norm, selective_scan_2d, selective_scan_2d_norm
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -12,7 +13,6 @@ from mmvmamba_kernels.testing import (
     selective_scan_2d_norm_oracle,
     selective_scan_2d_oracle,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmvmamba_kernels import BackendError, selective_scan, selective_scan_2d
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -20,7 +21,6 @@ from mmvmamba_kernels.testing import (
     selective_scan_arguments,
     selective_scan_oracle,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 # The deterministic algorithms that the fixtures ask for include cuBLAS's, which wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -51,7 +51,7 @@ def test_through_the_interpreter(interpreted_file):
 @pytest.fixture(params=[1, 1000], ids=["whole paths", "chunks"])
 def processors(request, monkeypatch):
     """One processor cuts paths in few chunks or none, many cut them into the shortest."""
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: request.param)
     monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
@@ -59,7 +59,7 @@ def processors(request, monkeypatch):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: 1000)
     monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
@@ -148,7 +148,7 @@ def test_2d_strided_arguments():
 @runs
 @pytest.mark.usefixtures("chunks")
 def test_offsets_of_64_bits_change_nothing(monkeypatch):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     arguments = selective_scan_2d_arguments(2, 9, 1, 2, 1, 1, 2, device=DEVICE)
     narrow = output_and_gradients(scan_2d("columns"), arguments)

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
     depthwise_conv_arguments,
     selective_scan_2d_arguments,
     selective_scan_arguments,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="TRITON_INTERPRET=1: kernels are Python functions, nothing to compile"
@@ -74,7 +74,7 @@ class Recorder:
 
 @pytest.fixture
 def launches(monkeypatch):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     recorded = []
     for name in KERNELS:
@@ -181,7 +181,7 @@ def test_2d_cases_compile(case, launches, tmp_path):
 
 
 def test_offsets_of_64_bits_compile(launches, monkeypatch, tmp_path):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "_NARROW", 0)
     arguments = selective_scan_2d_arguments(1, 9, 9, 32, 2, 1, 2, dtype=torch.bfloat16)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmvmamba_kernels import triton_support
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.depthwise_conv import reference
 from mmvmamba_kernels.dispatch import Backend, check_name, plain_or_pinned, register_backend
 from mmvmamba_kernels.registration import Arguments, Operator

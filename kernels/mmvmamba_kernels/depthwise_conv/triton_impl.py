@@ -15,11 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.depthwise_conv.triton_kernels import (
+from mmvmamba_kernels.backends.triton.depthwise_conv_kernels import (
     depthwise_conv_bwd_kernel,
     depthwise_conv_fwd_kernel,
 )
-from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
+from mmvmamba_kernels.backends.triton.support import (
+    ceil_div,
+    interpreting,
+    multiprocessors,
+    on_device,
+)
 
 _WARPS = 16
 """Programs, of one warp, that a multiprocessor wants; with fewer, maps are cut into fewer rows."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import extension, mamba_ssm_support, triton_support
 from mmvmamba_kernels.arguments import (
     FLOATING,
     check_positive,
@@ -13,6 +12,9 @@ from mmvmamba_kernels.arguments import (
     check_shape,
     check_tensors,
 )
+from mmvmamba_kernels.backends import mamba_ssm
+from mmvmamba_kernels.backends.native import extension
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
 from mmvmamba_kernels.registration import Arguments, Operator
 
@@ -25,7 +27,7 @@ register_backend(
     Backend(
         "mamba_ssm",
         f"{__package__}.mamba_ssm_impl",
-        mamba_ssm_support.can_run,
+        mamba_ssm.can_run,
         # Its backward pass is not deterministic, which nobody should get unasked.
         automatic=False,
     ),

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.backends.native import cpp_scan
+from mmvmamba_kernels.patterns import Path
 from mmvmamba_kernels.selective_scan import cuda_impl
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
 
 _PATHS = (Path(column_major=False, reverse=False),)
 

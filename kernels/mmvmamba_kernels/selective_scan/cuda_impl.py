@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan, cuda_scan
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.backends.native import cpp_scan, cuda_scan
+from mmvmamba_kernels.patterns import Path
 
 
 def _paths(groups: int) -> tuple[Path, ...]:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.chunked_scan import carries_shape as scan_carries_shape
-from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_
-from mmvmamba_kernels.numerics import softplus
+from mmvmamba_kernels.backends.reference.chunked_scan import carries_shape as scan_carries_shape
+from mmvmamba_kernels.backends.reference.chunked_scan import (
+    selective_scan_,
+    selective_scan_backward_,
+)
+from mmvmamba_kernels.backends.reference.numerics import softplus
 
 
 def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:

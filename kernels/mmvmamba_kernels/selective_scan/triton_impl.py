@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
-from mmvmamba_kernels.triton_scan import Layout, Operands, scan_backward, scan_forward
+from mmvmamba_kernels.backends.triton.scan import Layout, Operands, scan_backward, scan_forward
+from mmvmamba_kernels.patterns import Path
 
 
 def _layout(u: Tensor, B: Tensor) -> Layout:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mmvmamba_kernels import extension, triton_support
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
+from mmvmamba_kernels.backends.native import extension
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.registration import Arguments, Operator
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
 
 _OP = "selective_scan_2d"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.backends.native import cpp_scan
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.selective_scan_2d import cuda_impl
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
 
 
 def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan, cuda_scan, gpu_scan
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.backends import gpu_scan
+from mmvmamba_kernels.backends.native import cpp_scan, cuda_scan
+from mmvmamba_kernels.patterns import PATTERNS
 
 MAX_RANK = 64
 """Largest dt rank that kernels expand; beyond it raw step sizes are a matrix product."""

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.chunked_scan import carries_shape as scan_carries_shape
-from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_
-from mmvmamba_kernels.numerics import softplus
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS, Path
+from mmvmamba_kernels.backends.reference.chunked_scan import carries_shape as scan_carries_shape
+from mmvmamba_kernels.backends.reference.chunked_scan import (
+    selective_scan_,
+    selective_scan_backward_,
+)
+from mmvmamba_kernels.backends.reference.numerics import softplus
+from mmvmamba_kernels.patterns import PATTERNS, Path
 
 
 def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 Maps are read where they are, in the order of every path, and step sizes are recomputed from the low
 rank in registers: the forward pass writes a partial output per direction (see
-:func:`~mmvmamba_kernels.gpu_scan.partial_buffers`) and their sum, nothing else.
+:func:`~mmvmamba_kernels.backends.gpu_scan.partial_buffers`) and their sum, nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
-from mmvmamba_kernels.triton_scan import (
+from mmvmamba_kernels.backends.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
+from mmvmamba_kernels.backends.triton.scan import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
     Layout,
@@ -23,6 +22,7 @@ from mmvmamba_kernels.triton_scan import (
     sum_buffers,
     waves,
 )
+from mmvmamba_kernels.patterns import PATTERNS
 
 
 def _layout(x: Tensor, A: Tensor, pattern: str, low_rank: int = 0, rank: int = 0) -> Layout:

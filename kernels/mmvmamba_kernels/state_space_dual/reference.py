@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.numerics import softplus
+from mmvmamba_kernels.backends.reference.numerics import softplus
 
 
 def split_length(length: int, chunk_size: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.patterns import Path
 
 # The library's compile-time sizes: positions of a tile, channels that are computed together.
 _TILE = 64

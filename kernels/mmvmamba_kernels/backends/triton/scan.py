@@ -21,15 +21,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
-from mmvmamba_kernels.triton_kernels import (
+from mmvmamba_kernels.backends.triton.scan_kernels import (
     selective_scan_bwd_kernel,
     selective_scan_carry_kernel,
     selective_scan_fwd_kernel,
     selective_scan_state_kernel,
     sum_buffers_kernel,
 )
-from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
+from mmvmamba_kernels.backends.triton.support import (
+    ceil_div,
+    interpreting,
+    multiprocessors,
+    on_device,
+)
+from mmvmamba_kernels.patterns import Path
 
 INTERVAL = 8
 """Positions whose states the backward pass holds in registers at a time."""

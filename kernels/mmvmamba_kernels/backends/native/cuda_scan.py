@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.patterns import Path
 
 # Positions between saved states, by d_state: compile-time sizes of the library.
 _SAVED_SINGLE = 8
