@@ -406,6 +406,7 @@ _GUARDED = textwrap.dedent("""
     import torch
     from mmvmamba_kernels.backends.native import cuda_scan
     from mmvmamba_kernels.selective_scan_2d import cuda_impl
+    from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
     from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
     torch.ops.load_library(sys.argv[1])
@@ -428,8 +429,9 @@ _GUARDED = textwrap.dedent("""
             directions = 4 if pattern == "cross2d" else 2
             arguments = selective_scan_2d_arguments(*shape, directions)
             arguments = {name: guarded(t) for name, t in arguments.items()}
-            out, carries = cuda_impl.forward(**arguments, pattern=pattern, save_carries=True)
-            grads = cuda_impl.backward(guarded(out), guarded(carries), **arguments, pattern=pattern)
+            scan = Arguments(**arguments, pattern=pattern)
+            out, carries = cuda_impl.forward(scan, save_carries=True)
+            grads = cuda_impl.backward(guarded(out), guarded(carries), scan)
             assert all(g.isfinite().all() for g in grads)
 """)
 

@@ -15,6 +15,7 @@ from mmvmamba_kernels import BackendError, dispatch, selective_scan
 from mmvmamba_kernels.backends import mamba_ssm
 from mmvmamba_kernels.dispatch import Problem
 from mmvmamba_kernels.selective_scan import reference
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -35,13 +36,13 @@ class StandIn(torch.autograd.Function):
         assert u.dtype == delta.dtype == B.dtype == C.dtype
         assert all(t is None or t.dtype == torch.float32 for t in (A, D, bias))
         assert all(t is None or t.is_contiguous() for t in (u, delta, A, B, C, D, bias))
-        out, carries = reference.forward(*arguments, out_dtype=u.dtype, save_carries=True)
+        out, carries = reference.forward(Arguments(*arguments, u.dtype), save_carries=True)
         ctx.arguments, ctx.carries = arguments, carries
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        grads = reference.backward(grad, ctx.carries, *ctx.arguments, out_dtype=grad.dtype)
+        grads = reference.backward(grad, ctx.carries, Arguments(*ctx.arguments, grad.dtype))
         return (*grads, None)
 
 

@@ -86,9 +86,10 @@ def launches(monkeypatch):
 def run(op, arguments, **options):
     """Both passes of an operator's Triton backend."""
     implementation = importlib.import_module(f"mmvmamba_kernels.{op}.triton_impl")
-    arguments = {name: t.detach() for name, t in arguments.items()}
-    out, carries = implementation.forward(**arguments, **options, save_carries=True)
-    implementation.backward(out, carries, **arguments, **options)
+    record = importlib.import_module(f"mmvmamba_kernels.{op}.arguments").Arguments
+    arguments = record(**{name: t.detach() for name, t in arguments.items()}, **options)
+    out, carries = implementation.forward(arguments, save_carries=True)
+    implementation.backward(out, carries, arguments)
 
 
 def compile_launch(kernel, args, options, architecture):

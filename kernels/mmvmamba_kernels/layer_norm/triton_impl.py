@@ -6,12 +6,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.arguments import ceil_div, state_dtype
 from mmvmamba_kernels.backends.triton.layer_norm_kernels import (
     layer_norm_bwd_kernel,
     layer_norm_fwd_kernel,
 )
-from mmvmamba_kernels.backends.triton.support import ceil_div, multiprocessors, on_device
+from mmvmamba_kernels.backends.triton.support import multiprocessors, on_device
 
 _TILE = 2048
 """Elements that a program holds of one map: 16 a thread with four warps."""

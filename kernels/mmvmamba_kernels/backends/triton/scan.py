@@ -21,6 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mmvmamba_kernels.arguments import ceil_div
 from mmvmamba_kernels.backends.triton.scan_kernels import (
     selective_scan_bwd_kernel,
     selective_scan_carry_kernel,
@@ -29,7 +30,6 @@ from mmvmamba_kernels.backends.triton.scan_kernels import (
     sum_buffers_kernel,
 )
 from mmvmamba_kernels.backends.triton.support import (
-    ceil_div,
     interpreting,
     multiprocessors,
     on_device,
@@ -100,13 +100,12 @@ class Layout:
     @property
     def lines(self) -> int:
         """Sequences of one image."""
-        path = self.paths[0]
-        return 1 if not path.per_line else self.width if path.column_major else self.height
+        return self.paths[0].sequences(self.height, self.width)[0]
 
     @property
     def length(self) -> int:
         """Positions of one sequence."""
-        return self.height * self.width // self.lines
+        return self.paths[0].sequences(self.height, self.width)[1]
 
     @property
     def sequences(self) -> int:
