@@ -18,6 +18,15 @@ def _double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
+def _recurrence(decay: Tensor, drive: Tensor, dim: int) -> Tensor:
+    """The states h_i = decay_i h_(i-1) + drive_i along a dimension, from zero."""
+    state, states = torch.zeros_like(drive.select(dim, 0)), []
+    for a, b in zip(decay.unbind(dim), drive.unbind(dim), strict=True):
+        state = a * state + b
+        states.append(state)
+    return torch.stack(states, dim)
+
+
 def selective_scan_oracle(
     u: Tensor,
     delta: Tensor,
@@ -36,13 +45,9 @@ def selective_scan_oracle(
         delta = F.softplus(delta, threshold=20)
     channels = u.shape[1] // B.shape[1]
     B, C = (t.repeat_interleave(channels, 1) for t in (B, C))
-    state = u.new_zeros(*u.shape[:2], A.shape[1])
-    outputs = []
-    for i in range(u.shape[2]):
-        step = delta[:, :, i, None]
-        state = torch.exp(step * A) * state + step * B[..., i] * u[:, :, i, None]
-        outputs.append((state * C[..., i]).sum(-1))
-    out = torch.stack(outputs, 2)
+    decay = torch.exp(delta[..., None] * A[:, None])
+    states = _recurrence(decay, (delta * u)[..., None] * B.mT, 2)
+    out = (states * C.mT).sum(-1)
     return out if D is None else out + D[:, None] * u
 
 
@@ -75,19 +80,26 @@ def selective_scan_2d_oracle(
 ) -> Tensor:
     """:func:`mmvmamba_kernels.selective_scan_2d` as a loop over positions, in float64."""
     x, proj, dt_weight, dt_bias, A, D = _double(x, proj, dt_weight, dt_bias, A, D)
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     rank, states = dt_weight.shape[2], A.shape[2]
-    total = [[D.sum(0) * x[:, i, j] for j in range(width)] for i in range(height)]
-    for k, sequences in enumerate(paths(pattern, height, width)):
-        for sequence in sequences:
-            state = x.new_zeros(batch, channels, states)
-            for i, j in sequence:
-                low_rank, B, C = proj[:, i, j, k].split((rank, states, states), 1)
-                step = F.softplus(low_rank @ dt_weight[k].t() + dt_bias[k], threshold=20)[..., None]
-                drive = step * B[:, None] * x[:, i, j, :, None]
-                state = torch.exp(step * A[k]) * state + drive
-                total[i][j] = total[i][j] + (state * C[:, None]).sum(-1)
-    return torch.stack([torch.stack(row, 1) for row in total], 1)
+    # (K, sequences, positions): the places in the map that the paths visit, one after the other.
+    places = torch.tensor(
+        [
+            [[i * width + j for i, j in sequence] for sequence in sequences]
+            for sequences in paths(pattern, height, width)
+        ],
+        device=x.device,
+    )
+    k = torch.arange(len(places), device=x.device)[:, None, None]
+    u = x.flatten(1, 2)[:, places]
+    low_rank, B, C = proj.flatten(1, 2)[:, places, k].split((rank, states, states), -1)
+    raw = torch.einsum("bkslr,kdr->bksld", low_rank, dt_weight) + dt_bias[:, None, None]
+    step = F.softplus(raw, threshold=20)
+    decay = torch.exp(step[..., None] * A[:, None, None])
+    h = _recurrence(decay, (step * u)[..., None] * B[..., None, :], 3)
+    y = (h * C[..., None, :]).sum(-1) + D[:, None, None] * u
+    total = torch.zeros_like(x.flatten(1, 2)).index_add(1, places.flatten(), y.flatten(1, 3))
+    return total.unflatten(1, (height, width))
 
 
 def state_space_dual_oracle(
@@ -104,15 +116,9 @@ def state_space_dual_oracle(
     if dt_bias is not None:
         dt = dt + dt_bias[:, None]
     steps = F.softplus(dt, threshold=20)
-    batch, directions, length, heads, width = x.shape
-    state = x.new_zeros(batch, directions, heads, width, B.shape[3])
-    outputs = []
-    for i in range(length):
-        step = steps[:, :, i]
-        drive = (step[..., None] * x[:, :, i])[..., None] * B[:, :, i, None, None]
-        state = torch.exp(step * A)[..., None, None] * state + drive
-        outputs.append((state * C[:, :, i, None, None]).sum(-1))
-    out = torch.stack(outputs, 2)
+    decay = torch.exp(steps * A[:, None])[..., None, None]
+    drive = (steps[..., None] * x)[..., None] * B[:, :, :, None, None]
+    out = (_recurrence(decay, drive, 2) * C[:, :, :, None, None]).sum(-1)
     return out if D is None else out + D[:, None] * x
 
 

@@ -8,6 +8,7 @@ from mmvmamba.analysis.activations import count_activations, saved_bytes
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.reports import activations_panels, activations_tables, make_figure
 from mmvmamba.analysis.subjects import Subject, find_subject
+from mmvmamba.models import VMamba
 
 
 def count(name, precision="fp32", batch=2, size=(64, 96), backbone_only=False, **kwargs):
@@ -28,6 +29,14 @@ def test_storages_are_counted_once_and_parameters_not():
     assert saved_bytes(forward, []) == 4 * (60 + 60 + 100)
 
 
+@pytest.fixture
+def one_block_a_stage(monkeypatch):
+    """VMamba-T as shallow as it can be: its other blocks keep what the first ones keep."""
+    arch = vars(VMamba.find_arch("tiny")) | {"depths": (1, 1, 1, 1)}
+    monkeypatch.setitem(VMamba.arch_settings, "tiny-s1l8", VMamba.find_arch(arch))
+
+
+@pytest.mark.usefixtures("one_block_a_stage")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast-bf16"])
 @pytest.mark.parametrize("name", ["tiny", "tiny+cp"])
 def test_fake_tensors_keep_what_real_ones_keep(name, precision):

@@ -29,6 +29,15 @@ LIMITS = {
     "max_per_img": 20,
     "num": 16,
 }
+# Upstream's own widths, a quarter of which is enough. Those of transformers are narrow as they are.
+WIDTHS = {
+    "in_channels",
+    "out_channels",
+    "channels",
+    "feat_channels",
+    "conv_out_channels",
+    "fc_out_channels",
+}
 
 
 @functools.cache
@@ -46,8 +55,8 @@ def shrink(cfg: Config) -> Config:
 
     The backbone keeps its arch but for the size: one block per stage, never dropped, and 16
     channels in the first stage. Necks and heads are told of the new channels and are otherwise the
-    config's own, with fewer layers, queries and samples where there are many (`LIMITS`). Nothing is
-    downloaded.
+    config's own, a quarter as wide (`WIDTHS`), with fewer layers, queries and samples where there
+    are many (`LIMITS`). Nothing is downloaded.
     """
     backbone = cfg.model.backbone
     arch = VMamba.find_arch(backbone.arch)
@@ -57,29 +66,28 @@ def shrink(cfg: Config) -> Config:
     backbone.drop_path_rate = 0.0
     backbone.init_cfg = None
 
-    def adapt(part: ConfigDict) -> None:
-        found = part.get("in_channels")
+    # The first part that has them receives the backbone's maps.
+    parts = ("neck",) if cfg.model.get("neck") else ("head", "decode_head", "auxiliary_head")
+    receivers = [cfg.model[name] for name in parts if cfg.model.get(name)]
+    received = [part.pop("in_channels", None) for part in receivers]
+    _limit(cfg.model, narrow="num_queries" not in repr(cfg.model))
+    for part, found in zip(receivers, received, strict=True):
         if found is not None:
             many = isinstance(found, list | tuple)
             part.in_channels = [channels[c] for c in found] if many else channels[found]
-
-    # The first part that has them receives the backbone's maps.
-    for name in ("neck", "head", "decode_head", "auxiliary_head"):
-        if cfg.model.get(name):
-            adapt(cfg.model[name])
-            if name == "neck":
-                break
     if cfg.model.get("data_preprocessor", {}).get("size"):
         # Segmentors pad to their crop.
         cfg.model.data_preprocessor.size = (SIZE, SIZE)
-    _limit(cfg.model)
     return cfg
 
 
-def _limit(node) -> None:
+def _limit(node, narrow: bool) -> None:
     for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
-        if isinstance(value, dict | list):
-            _limit(value)
+        if narrow and key in WIDTHS:
+            many = isinstance(value, list | tuple)
+            node[key] = [width // 4 for width in value] if many else value // 4
+        elif isinstance(value, dict | list):
+            _limit(value, narrow)
         elif key in LIMITS and isinstance(value, int):
             node[key] = min(value, LIMITS[key])
 

@@ -1,14 +1,33 @@
 """Fixtures of the kernel tests."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import functools
 
 import pytest
 import torch
 
-import mmvmamba_kernels
+from mmvmamba_kernels.backends.triton.support import interpreting
+
+if interpreting():
+    from triton.runtime import interpreter
+
+    # Half of the interpreter's time: it puts its functions in the place of the language's at every
+    # launch and every call of a device function, where once a function is enough, and it looks for
+    # overflow in all 32-bit arithmetic, which no map of a test is large enough for.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    # Until Triton 3.5 they stay there; later a launch removes them when it ends.
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._LangPatchScope.restore = lambda _: None
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("triton")
+    needed = marker is not None and not marker.kwargs.get("elsewhere")
+    if needed and not torch.cuda.is_available() and not interpreting():
+        pytest.skip("no GPU: test_interpreter.py runs this in a process of its own")
 
 
 @pytest.fixture(autouse=True)
@@ -25,28 +44,3 @@ def poisoned_memory():
 def no_default_backend(monkeypatch):
     """Tests do not depend on the caller's environment."""
     monkeypatch.delenv("MMVMAMBA_KERNELS_BACKEND", raising=False)
-
-
-@pytest.fixture
-def interpreted_file(request):
-    """The outcome of the test's own file in a process in which Triton interprets its kernels.
-
-    The interpreter is chosen by an environment variable that must be set before Triton is imported,
-    which torch does at will.
-    """
-    pytest.importorskip("triton", reason="Triton is not installed")
-    folder = Path(mmvmamba_kernels.__file__).parent.parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
-    }
-    file = str(request.node.path)
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )

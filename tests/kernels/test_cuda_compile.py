@@ -5,6 +5,7 @@ import re
 import subprocess
 
 import pytest
+from architectures import on_architectures
 
 from mmvmamba_kernels.backends.native import build, extension
 
@@ -35,8 +36,7 @@ def resources(report):
     return [(kernel, int(registers), int(spill)) for kernel, _, spill, _, registers in found]
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 120])
-@pytest.mark.parametrize("dtype", ["kHalf", "kBFloat16", "kFloat", "kDouble"])
+@on_architectures("dtype", ["kHalf", "kBFloat16", "kFloat", "kDouble"])
 def test_every_kernel_compiles(architecture, dtype, nvcc, tmp_path):
     if architecture not in build.known_architectures(nvcc):
         pytest.skip(f"{nvcc} does not know sm_{architecture}")

@@ -177,7 +177,7 @@ def test_forward_and_backward_must_use_one_backend(monkeypatch):
         out.sum().backward()
 
 
-def test_cold_import_needs_torch_alone():
+def test_cold_import_needs_torch_alone_and_loads_no_library():
     """In a process where triton and every mm* package are missing, import and run."""
     source = """
         import sys
@@ -193,6 +193,8 @@ def test_cold_import_needs_torch_alone():
         import mmvmamba_kernels
         from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
+        import torch
+        assert not hasattr(torch.ops.mmvmamba_cpp, "scan_forward")
         args = selective_scan_2d_arguments(1, 3, 3, 2, 1, 1)
         mmvmamba_kernels.selective_scan_2d(**args).sum().backward()
         loaded = {name.partition(".")[0] for name in sys.modules}

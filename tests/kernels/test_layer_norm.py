@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mmvmamba_kernels import BackendError, add_layer_norm, layer_norm
-from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import add_layer_norm_oracle, errors
 
 GPU = torch.cuda.is_available()
@@ -19,18 +18,7 @@ TOLERANCE = {
 }
 SHAPES = [(2, 3, 5, 96), (1, 1, 1, 2), (3, 1, 7, 33), (1, 17, 2, 192), (2, 70, 8), (5, 3072)]
 
-needs_triton = pytest.mark.skipif(
-    not GPU and not interpreting(),
-    reason="no GPU: test_through_the_interpreter runs this in a process of its own",
-)
-BACKENDS = [None, "reference", pytest.param("triton", marks=needs_triton)]
-
-
-@pytest.mark.skipif(GPU or interpreting(), reason="the tests of this file run directly")
-def test_through_the_interpreter(interpreted_file):
-    result = interpreted_file
-    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout, result.stdout
+BACKENDS = [None, "reference", pytest.param("triton", marks=pytest.mark.triton)]
 
 
 def arguments(shape, dtype=torch.float32, branch_dtype=None, scale=False, seed=0):
@@ -165,7 +153,7 @@ def test_strides_empty_batches_and_repeats(backend):
     assert not empty["weight"].any()
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.triton)])
 def test_the_operator_keeps_its_promises_to_pytorch(backend):
     tensors = arguments((2, 3, 8), scale=True)
     overload = torch.ops.mmvmamba.layer_norm.default
@@ -190,6 +178,7 @@ def test_the_operator_keeps_its_promises_to_pytorch(backend):
         grad.sum().backward()
 
 
+@pytest.mark.triton(elsewhere=True)
 def test_compiled_it_is_plain_operations_in_one_graph():
     tensors = arguments((2, 4, 8), scale=True)
     graphs = []
@@ -207,6 +196,7 @@ def test_compiled_it_is_plain_operations_in_one_graph():
     assert "mmvmamba" not in graphs[0].code
 
 
+@pytest.mark.triton(elsewhere=True)
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
 def test_autocast_casts_nothing(precision):
     tensors = arguments((2, 4, 8))

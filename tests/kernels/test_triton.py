@@ -1,8 +1,4 @@
-"""The Triton backend, on a GPU where there is one, else through Triton's interpreter on the CPU.
-
-The interpreter is chosen by an environment variable that must be set before Triton is imported,
-which torch does at will: without a GPU one test runs this file in a process of its own.
-"""
+"""The Triton backend, on a GPU where there is one, else through Triton's interpreter on the CPU."""
 
 import math
 import os
@@ -12,6 +8,7 @@ import torch
 
 from mmvmamba_kernels import BackendError, selective_scan, selective_scan_2d
 from mmvmamba_kernels.backends.triton.support import interpreting
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -34,31 +31,12 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,
 }
 
-runs = pytest.mark.skipif(
-    not GPU and not interpreting(),
-    reason="no GPU: test_through_the_interpreter runs this in a process of its own",
-)
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU: shapes too large for Triton's interpreter")
-
-
-@pytest.mark.skipif(GPU or interpreting(), reason="the tests of this file run directly")
-def test_through_the_interpreter(interpreted_file):
-    result = interpreted_file
-    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout, result.stdout
-
-
-@pytest.fixture(params=[1, 1000], ids=["whole paths", "chunks"])
-def processors(request, monkeypatch):
-    """One processor cuts paths in few chunks or none, many cut them into the shortest."""
-    from mmvmamba_kernels.backends.triton import scan as triton_scan
-
-    monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: request.param)
-    monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
 
 
 @pytest.fixture
 def chunks(monkeypatch):
+    """Paths are cut into the shortest chunks, as for a GPU with many processors."""
     from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: 1000)
@@ -67,6 +45,10 @@ def chunks(monkeypatch):
 
 def scan_2d(pattern):
     return lambda **tensors: selective_scan_2d(**tensors, pattern=pattern, backend="triton")
+
+
+def arguments_2d(pattern, shape):
+    return selective_scan_2d_arguments(*shape, len(PATTERNS[pattern]), device=DEVICE)
 
 
 def check_2d(arguments, pattern, tolerance=None):
@@ -82,8 +64,13 @@ def check_2d(arguments, pattern, tolerance=None):
     assert max(found.values()) < tolerance, found
 
 
-@runs
-@pytest.mark.usefixtures("processors")
+@pytest.mark.triton
+def test_2d_whole_paths():
+    check_2d(arguments_2d("cross2d", (2, 3, 5, 5, 2, 1)), "cross2d")
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize(
     ("pattern", "shape"),
     [
@@ -98,18 +85,17 @@ def check_2d(arguments, pattern, tolerance=None):
     ],
 )
 def test_2d_output_and_gradients(pattern, shape):
-    directions = 2 if pattern in {"rows", "columns"} else 4
-    check_2d(selective_scan_2d_arguments(*shape, directions, device=DEVICE), pattern)
+    check_2d(arguments_2d(pattern, shape), pattern)
 
 
-@runs
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_2d_dtypes(dtype):
     arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, dtype=dtype, device=DEVICE)
     check_2d(arguments, "cross2d")
 
 
-@runs
+@pytest.mark.triton
 def test_2d_low_precision_maps_with_float32_parameters():
     arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, device=DEVICE)
     for name in ("x", "proj"):
@@ -117,7 +103,7 @@ def test_2d_low_precision_maps_with_float32_parameters():
     check_2d(arguments, "cross2d")
 
 
-@runs
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "shape",
     [
@@ -133,7 +119,7 @@ def test_2d_sizes(shape):
     check_2d(selective_scan_2d_arguments(*shape, 2, device=DEVICE), "rows")
 
 
-@runs
+@pytest.mark.triton
 def test_2d_strided_arguments():
     arguments = selective_scan_2d_arguments(2, 2, 3, 4, 2, 1, 2, device=DEVICE)
     expected = scan_2d("rows")(**arguments)
@@ -145,7 +131,7 @@ def test_2d_strided_arguments():
     assert torch.equal(scan_2d("rows")(**arguments), expected)
 
 
-@runs
+@pytest.mark.triton
 @pytest.mark.usefixtures("chunks")
 def test_offsets_of_64_bits_change_nothing(monkeypatch):
     from mmvmamba_kernels.backends.triton import scan as triton_scan
@@ -158,7 +144,7 @@ def test_offsets_of_64_bits_change_nothing(monkeypatch):
         assert torch.equal(tensor, wide[name]), name
 
 
-@runs
+@pytest.mark.triton
 @pytest.mark.usefixtures("chunks")
 def test_deterministic():
     shape = (2, 14, 14, 96, 6, 1) if GPU else (1, 2, 5, 2, 1, 1)
@@ -170,7 +156,7 @@ def test_deterministic():
             assert torch.equal(tensor, again[name]), name
 
 
-@runs
+@pytest.mark.triton
 def test_2d_empty_batch():
     arguments = selective_scan_2d_arguments(0, 3, 4, 5, 2, 3, device=DEVICE)
     result = output_and_gradients(scan_2d("cross2d"), arguments)
@@ -179,7 +165,7 @@ def test_2d_empty_batch():
         assert not result[name].any()
 
 
-@runs
+@pytest.mark.triton
 def test_float16_range():
     """Inputs of 6e4 and steps of 1e3 give no infinity where the result is in float32's range."""
     arguments = selective_scan_2d_arguments(1, 2, 5, 2, 1, 1, device=DEVICE)
@@ -198,12 +184,12 @@ def test_float16_range():
     assert relative_error(selective_scan_2d(**tensors, backend="triton"), expected) < 2e-3
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     grads = output_and_gradients(scan_2d("cross2d"), leaves)
-    for name in set(grads) - {"out"}:
-        exact = output_and_gradients(selective_scan_2d_oracle, leaves)[name]
-        assert grads[name][exact.abs() < 6e4].isfinite().all(), name
+    exact = output_and_gradients(selective_scan_2d_oracle, leaves)
+    for name in leaves:
+        assert grads[name][exact[name].abs() < 6e4].isfinite().all(), name
 
 
-@runs
+@pytest.mark.triton
 def test_small_steps_keep_their_digits():
     """softplus(z) is about exp(z) for negative z, to the last digits but a few."""
     arguments = selective_scan_2d_arguments(1, 1, 8, 4, 1, 1, 2, device=DEVICE)
@@ -233,8 +219,8 @@ def check_1d(arguments, **options):
     assert max(found.values()) < TOLERANCE[arguments["u"].dtype], found
 
 
-@runs
-@pytest.mark.usefixtures("processors")
+@pytest.mark.triton
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -251,7 +237,7 @@ def test_1d_output_and_gradients(shape, dtype):
     check_1d(selective_scan_arguments(*shape, dtype=dtype, device=DEVICE), delta_softplus=True)
 
 
-@runs
+@pytest.mark.triton
 @pytest.mark.parametrize("absent", [("D",), ("delta_bias",), ("D", "delta_bias")])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_1d_options(absent, softplus):
@@ -263,7 +249,7 @@ def test_1d_options(absent, softplus):
     check_1d(arguments, delta_softplus=softplus)
 
 
-@runs
+@pytest.mark.triton
 def test_1d_out_dtype():
     arguments = selective_scan_arguments(1, 1, 2, 1, 9, dtype=torch.float16, device=DEVICE)
     tensors = {name: t.detach() for name, t in arguments.items()}
@@ -272,7 +258,7 @@ def test_1d_out_dtype():
     assert relative_error(out, selective_scan_oracle(**tensors)) < 1e-5
 
 
-@runs
+@pytest.mark.triton
 def test_registration():
     arguments = selective_scan_2d_arguments(1, 2, 2, 2, 1, 1, 2, device=DEVICE)
     torch.library.opcheck(
@@ -286,6 +272,7 @@ def test_registration():
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.triton(elsewhere=True)
 def test_refusals():
     arguments = selective_scan_2d_arguments(1, 1, 1, 1, 1, 65, device=DEVICE)
     if GPU or interpreting():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, on_architectures
 
 from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
@@ -148,7 +149,7 @@ def compile_all(launches, architecture, folder):
     return resources
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles(architecture, launches, tmp_path):
     # A batch so small that paths are cut into chunks.
     arguments = selective_scan_2d_arguments(1, 56, 56, 96, 6, 1, dtype=torch.bfloat16)
@@ -199,8 +200,7 @@ def test_1d_compiles(launches, tmp_path):
     assert all(r.stack <= SPILL for r in resources), resources
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 120])
-@pytest.mark.parametrize("channels", [96, 768, 3072])
+@on_architectures("channels", [96, 768, 3072])
 def test_layer_norm_compiles(architecture, channels, monkeypatch, tmp_path):
     from mmvmamba_kernels.layer_norm import triton_impl
 
@@ -236,8 +236,7 @@ CASES_CONV = {
 }
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 120])
-@pytest.mark.parametrize("case", CASES_CONV)
+@on_architectures("case", CASES_CONV)
 def test_depthwise_conv_compiles(case, architecture, monkeypatch, tmp_path):
     from mmvmamba_kernels.depthwise_conv import triton_impl
 

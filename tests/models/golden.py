@@ -1,5 +1,6 @@
 """Reads the golden data: small models computed with the official implementation."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,18 @@ class Golden:
         return {k: v for k, v in self.weights.items() if not k.startswith("classifier.")}
 
 
-def load(case: str) -> Golden:
+@functools.cache
+def read(case: str) -> dict[str, np.ndarray]:
+    """The arrays of a case; whoever changes them copies them."""
     with np.load(DATA / "golden" / f"{case}.npz") as archive:
-        arrays = {name: archive[name] for name in archive.files}
+        return {name: archive[name] for name in archive.files}
+
+
+def load(case: str) -> Golden:
+    arrays = read(case)
 
     def tensor(array):
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array.copy())
         return tensor.float() if tensor.is_floating_point() else tensor
 
     def numbered(prefix):

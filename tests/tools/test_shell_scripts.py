@@ -57,6 +57,17 @@ def test_the_number_of_processes_must_be_one(project, tmp_path):
     assert "must be a positive integer, got 'eight'" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_the_tests_sets_nothing_up(project, tmp_path, option):
+    # Beside the two, nothing: a set-up or a linter would not be found.
+    for name in ("common.sh", "run_tests.sh"):
+        shutil.copy(project / "tools" / name, tmp_path)
+    done = bash(tmp_path / "run_tests.sh", option, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: bash tools/run_tests.sh")
+    assert "--changed" in done.stdout
+
+
 @pytest.fixture
 def recorded_python(tmp_path, monkeypatch):
     """Stands a recorder of arguments in for the active environment's Python."""
@@ -118,10 +129,17 @@ case "$1 $2 $3" in
         tar -czf "${@: -1}/mmcv-2.1.0.tar.gz" -C "$TMPDIR" mmcv-2.1.0 ;;
     "-m pip wheel"*)
         [[ -f "${@: -1}/setup.py" ]] || exit 3
+        printf 'flags %s\n' "$CFLAGS" >>"$CALLS"
         sleep "${BUILD_SECONDS:-0}"
         if [[ -e $BREAK ]]; then echo 'c++: fatal error: Killed signal'; exit 1; fi
         mkdir -p "${@: -2:1}" && touch "${@: -2:1}/mmcv-2.1.0-cp311-cp311-linux.whl" ;;
-    "-m pip"*) ;;
+    "-m pip install")
+        if [[ $* == *"/uv.txt" ]]; then
+            if [[ -e $BREAK_UV ]]; then echo 'No matching distribution found for uv'; exit 1; fi
+            mkdir -p "$6/bin" && cp "$UV_STAND_IN" "$6/bin/uv"
+        fi ;;
+    "-m pip config") cat "$PIP_SETTINGS" ;;
+    "-m pip"* | "-m ensurepip"*) ;;
     "-m mmvmamba_kernels.build"*)
         if [[ -e $BREAK_KERNELS ]]; then echo 'found no C++ compiler'; exit 1; fi
         mkdir -p "$CHECKOUT/kernels/mmvmamba_kernels/backends/native/lib"
@@ -132,14 +150,37 @@ esac
 """
 
 
+# A uv that makes the same environments, and installs unless it is told to break.
+UV_STAND_IN = """#!/usr/bin/env bash
+printf 'uv %s\\n' "$*" >>"$CALLS"
+case "$1" in
+    --version) ;;
+    venv)
+        if [[ -e $BREAK_UV_PYTHON ]]; then
+            echo 'error: Failed to download https://github.com/'; exit 2
+        fi
+        mkdir -p "${@: -1}/bin" && cp "$PYTHON_STAND_IN" "${@: -1}/bin/python" ;;
+    pip)
+        env | grep -E '^(UV_|SSL_CERT_FILE|ALL_PROXY)' >>"$CALLS"
+        if [[ -e $BREAK_UV_INSTALL ]]; then echo 'error: the index has no such file'; exit 1; fi ;;
+esac
+"""
+
+
 class Machine:
     """A machine with nothing installed, where set-ups are run for checkouts of the project."""
 
     def __init__(self, project: Path, root: Path):
         self.project, self.root = project, root
         write_program(root / "python", STAND_IN)
+        write_program(root / "uv", UV_STAND_IN)
+        # A version manager's shim of a uv that is not chosen.
+        write_program(root / "bin/uv", "#!/bin/sh\necho 'no version is set' >&2\nexit 127\n")
+        self.path = f"{root / 'bin'}:{os.environ['PATH']}"
         self.broken, self.calls = root / "broken", root / "calls"
+        self.pip_settings = root / "pip_settings"
         self.calls.touch()
+        self.pip_settings.touch()
         (root / "tmp").mkdir()
 
     def checkout(self, name: str) -> Path:
@@ -158,13 +199,19 @@ class Machine:
 
     def environment(self, **variables: str) -> dict[str, str]:
         return {
-            "PATH": os.environ["PATH"],
+            "PATH": self.path,
             "HOME": str(self.root),
             "PYTHON": str(self.root / "python"),
             "REAL_PYTHON": sys.executable,
             "CALLS": str(self.calls),
             "BREAK": str(self.broken),
             "BREAK_KERNELS": str(self.root / "broken_kernels"),
+            "BREAK_UV": str(self.root / "broken_uv"),
+            "BREAK_UV_INSTALL": str(self.root / "broken_uv_install"),
+            "BREAK_UV_PYTHON": str(self.root / "broken_uv_python"),
+            "PYTHON_STAND_IN": str(self.root / "python"),
+            "UV_STAND_IN": str(self.root / "uv"),
+            "PIP_SETTINGS": str(self.pip_settings),
             "TMPDIR": str(self.root / "tmp"),
             "XDG_CACHE_HOME": str(self.root / "cache"),
             **variables,
@@ -184,8 +231,11 @@ class Machine:
         out, _ = process.communicate(timeout=60)
         return process.returncode, out
 
+    def lines(self) -> list[str]:
+        return self.calls.read_text().splitlines()
+
     def count(self, words: str) -> int:
-        return sum(words in line for line in self.calls.read_text().splitlines())
+        return sum(words in line for line in self.lines())
 
 
 @pytest.fixture
@@ -211,7 +261,62 @@ def test_a_set_up_is_done_once_and_a_second_checkout_builds_nothing(machine):
     status, out = machine.set_up(second)
     assert status == 0
     assert machine.count("pip wheel") == 1
-    assert machine.count("pip install --no-deps --require-hashes") == 2
+    assert machine.count("uv pip install --no-deps --require-hashes") == 2
+    # One uv for both, and pip for nothing that uv has done.
+    assert machine.count("-r requirements/uv.txt") == 1
+    assert machine.count("-r requirements/stack.txt") == 2
+
+
+def test_a_uv_on_the_path_is_taken(machine):
+    write_program(machine.root / "bin/uv", UV_STAND_IN)
+    status, out = machine.set_up(machine.checkout("first"))
+    assert status == 0, out
+    assert machine.count("uv venv --clear") == 1
+    assert machine.count("uv pip install") == 1
+    assert machine.count("requirements/uv.txt") == 0
+
+
+@pytest.mark.parametrize("broken", ["broken_uv", "broken_uv_install"])
+def test_without_uv_pip_installs(machine, broken):
+    """Where uv cannot be had, and where it does not manage what pip manages."""
+    (machine.root / broken).touch()
+    folder = machine.checkout("first")
+    status, out = machine.set_up(folder)
+    assert status == 0, out
+    assert machine.count("-m venv") == (broken == "broken_uv")
+    assert machine.count("-m pip install --no-deps --require-hashes --only-binary :all:") == 1
+    assert machine.count("-m pip wheel") == 1
+    calls = machine.count("")
+    status, out = machine.set_up(folder)
+    assert status == 0
+    assert out.count("done before") == 5
+    assert machine.count("-m ") == sum("-m " in line for line in machine.lines()[:calls])
+
+
+def test_uv_gets_the_index_of_pip(machine):
+    """The environment over the command's settings over the global ones, and no others."""
+    machine.pip_settings.write_text(
+        ":env:.find-links='/a /b'\n"
+        ":env:.index-url='https://me:secret@mirror/simple?a=b'\n"
+        "download.index-url='https://download/simple'\n"
+        "global.cert='/certificates.pem'\n"
+        "global.extra-index-url='\\nhttps://one/simple\\nhttps://two/simple'\n"
+        "global.index-url='https://global/simple'\n"
+        "global.timeout='60'\n"
+        "global.trusted-host='global'\n"
+        "install.index-url='https://install/simple'\n"
+        "install.trusted-host='install'\n"
+        "wheel.index-url='https://wheel/simple'\n"
+    )
+    status, out = machine.set_up(machine.checkout("first"))
+    assert status == 0, out
+    told = dict(line.split("=", 1) for line in machine.lines() if line.startswith(("UV_", "SSL_")))
+    assert told["UV_DEFAULT_INDEX"] == "https://me:secret@mirror/simple?a=b"
+    assert told["UV_INDEX"].split() == ["https://one/simple", "https://two/simple"]
+    assert told["UV_FIND_LINKS"] == "/a,/b"
+    assert told["UV_INSECURE_HOST"] == "install"
+    assert told["SSL_CERT_FILE"] == "/certificates.pem"
+    assert "secret" not in out
 
 
 def test_a_changed_lock_is_installed_again(machine):
@@ -220,8 +325,19 @@ def test_a_changed_lock_is_installed_again(machine):
     with (folder / "requirements/stack.txt").open("a") as file:
         file.write("# changed\n")
     machine.set_up(folder)
-    assert machine.count("--require-hashes --only-binary :all:") == 2
+    assert machine.count("-r requirements/stack.txt") == 2
     assert machine.count("pip wheel") == 1
+
+
+def test_other_compiler_flags_are_another_wheel(machine):
+    """The caller's flags come after the set-up's own, which are what optimises the operators."""
+    folder = machine.checkout("first")
+    for flags in ("", "-march=native -I/a folder", ""):
+        status, out = machine.set_up(folder, CFLAGS=flags)
+        assert status == 0, out
+    assert machine.count("flags -O2 -DNDEBUG -g0") == 2
+    assert machine.count("-g0 -march=native -I/a folder") == 1
+    assert len(list((machine.root / "cache").rglob("*.whl"))) == 2
 
 
 def test_a_failed_build_says_what_to_do_and_goes_on_from_its_sources(machine):
@@ -236,7 +352,7 @@ def test_a_failed_build_says_what_to_do_and_goes_on_from_its_sources(machine):
     machine.broken.unlink()
     assert machine.set_up(folder)[0] == 0
     assert machine.count("pip download") == 1
-    assert machine.count("--require-hashes --only-binary :all:") == 1
+    assert machine.count("-r requirements/stack.txt") == 1
 
 
 def test_without_the_compiled_kernels_the_set_up_goes_on(machine):
@@ -277,7 +393,7 @@ def test_an_interrupted_set_up_leaves_no_build_behind(machine):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"PYTHON": "/bin/false"}, "PYTHON=/bin/false is no Python 3.10 to 3.12"),
+        ({"PYTHON": "/bin/false"}, "with venv: PYTHON=/bin/false is none that runs"),
         ({"CXX": "/bin/false"}, "no working C++17 compiler (/bin/false)"),
     ],
 )
@@ -286,25 +402,36 @@ def test_what_is_missing_is_said_before_anything_is_installed(machine, variables
     status, out = machine.set_up(folder, **variables)
     assert status == 1
     assert message in out
-    assert not (folder / ".venv").exists()
+    assert machine.count("-r requirements/stack.txt") == 0
+    assert not (machine.root / "cache/mmvmamba/wheels").exists()
 
 
 def test_a_full_disk_is_seen_before_the_download(machine, tmp_path):
     write_program(tmp_path / "bin/df", '#!/bin/sh\necho head\necho "disk 9 9 1048576 9% /"\n')
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    status, out = machine.set_up(machine.checkout("first"), PATH=path)
+    status, out = machine.set_up(machine.checkout("first"))
     assert status == 1
     assert "has 1 GB free; the set-up needs about 8 GB" in out
 
 
-def test_a_python_is_found_by_running_it(machine, tmp_path):
-    """A version manager's shim that fails is passed over."""
-    write_program(tmp_path / "bin/python3", "#!/bin/sh\necho 'no version is set' >&2\nexit 127\n")
-    write_program(tmp_path / "bin/python3.12", STAND_IN)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    status, out = machine.set_up(machine.checkout("first"), PATH=path, PYTHON="")
+def test_uv_finds_a_python_or_gets_one(machine, tmp_path):
+    """The system's is too new. Where no other can be had, that is said, with uv's reason."""
+    write_program(
+        tmp_path / "bin/python3",
+        '#!/bin/sh\n[ "$1" != -c ] || exit 1\n'
+        '[ "$2" != venv ] || { mkdir -p "$4/bin" && exec cp "$0" "$4/bin/python"; }\n'
+        f'exec {machine.root / "python"} "$@"\n',
+    )
+    folder = machine.checkout("first")
+    (machine.root / "broken_uv_python").touch()
+    status, out = machine.set_up(folder, PYTHON="")
+    assert status == 1
+    assert "Failed to download https://github.com/" in out
+    assert "no Python 3.10 to 3.12" in out
+    assert machine.count("-r requirements/stack.txt") == 0
+    (machine.root / "broken_uv_python").unlink()
+    status, out = machine.set_up(folder, PYTHON="")
     assert status == 0, out
-    assert machine.count("-m venv") == 1
+    assert machine.count("uv venv --clear --python >=3.10,<3.13") == 2
 
 
 def test_the_build_follows_the_gpu(machine, tmp_path):
@@ -312,8 +439,7 @@ def test_the_build_follows_the_gpu(machine, tmp_path):
     write_program(tmp_path / "bin/nvidia-smi", "#!/bin/sh\necho 9.0\n")
     nvcc = tmp_path / "cuda/bin/nvcc"
     write_program(nvcc, "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    machine_path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    cuda = {"PATH": machine_path, "CUDA_HOME": str(tmp_path / "cuda")}
+    cuda = {"CUDA_HOME": str(tmp_path / "cuda")}
     status, out = machine.set_up(machine.checkout("first"), **cuda)
     assert status == 0, out
     assert "mmcv with operators (cuda13.0-sm9.0)" in out

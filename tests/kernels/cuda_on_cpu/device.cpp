@@ -1,6 +1,9 @@
 // The device: fibers, shared memory, and how many multiprocessors it says it has.
 
-#include <torch/library.h>
+// Its longjmp takes a jump to another stack for a mistake.
+#undef _FORTIFY_SOURCE
+
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -23,28 +26,59 @@ constexpr unsigned char kPoison = 0xff;
 int multiprocessors = 1;
 bool last_block_first = false;
 
+// A context makes a stack; after that fibers take turns by jumps, which do not call the kernel of
+// the operating system.
 struct Fiber {
   ucontext_t context;
+  jmp_buf place;
   std::vector<char> stack = std::vector<char>(kStack);
   dim3 thread;
   size_t meetings = 0;
   size_t exchanges = 0;
+  bool started = false;
   bool done = false;
 };
 
 std::array<Fiber, kWarp> fibers;
 Fiber* running = nullptr;
-ucontext_t scheduler;
+jmp_buf scheduler;
 const std::function<void()>* work = nullptr;
 std::exception_ptr failure;
 
+// From a fiber back to the scheduler.
+void leave() {
+  if (!_setjmp(running->place)) _longjmp(scheduler, 1);
+}
+
+// Once a fiber: it runs one kernel after the other.
 void fiber_main() {
-  try {
-    (*work)();
-  } catch (...) {
-    failure = std::current_exception();
+  for (;;) {
+    try {
+      (*work)();
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    running->done = true;
+    leave();
   }
-  running->done = true;
+}
+
+// From the scheduler into a fiber, until that leaves.
+void enter(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
+}
+
+// Fibers that stopped within a kernel start anew.
+[[noreturn]] void fail(std::exception_ptr reason) {
+  for (Fiber& fiber : fibers) fiber.started = false;
+  std::rethrow_exception(reason);
 }
 
 void run_warp(const dim3& threads, unsigned first, unsigned count) {
@@ -53,20 +87,16 @@ void run_warp(const dim3& threads, unsigned first, unsigned count) {
     fiber.thread = dim3((first + i) % threads.x, (first + i) / threads.x);
     fiber.meetings = fiber.exchanges = 0;
     fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, fiber_main, 0);
   }
   while (!fibers[0].done) {
     for (unsigned i = 0; i < count; ++i) {
       running = &fibers[i];
       cuda_on_cpu::thread = running->thread;
-      swapcontext(&scheduler, &running->context);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+      enter(*running);
+      if (failure) fail(std::exchange(failure, nullptr));
       if (running->done != fibers[0].done || running->meetings != fibers[0].meetings) {
-        throw std::runtime_error("threads of a warp do not meet at the same primitives");
+        fail(std::make_exception_ptr(
+            std::runtime_error("threads of a warp do not meet at the same primitives")));
       }
     }
   }
@@ -88,7 +118,7 @@ dim3 thread, block;
 
 void meet() {
   ++running->meetings;
-  swapcontext(&running->context, &scheduler);
+  leave();
 }
 
 void* mailbox(unsigned lane, bool other) {
@@ -126,10 +156,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
-TORCH_LIBRARY_FRAGMENT(mmvmamba_cuda_on_cpu, library) {
-  library.def("set_device(int multiprocessors, bool last_block_first=False) -> ()",
-              [](int64_t count, bool order) {
-                multiprocessors = static_cast<int>(count);
-                last_block_first = order;
-              });
+// For the tests, which call it by its name.
+extern "C" __attribute__((visibility("default"))) void set_device(int count, bool order) {
+  multiprocessors = count;
+  last_block_first = order;
 }

@@ -1,0 +1,42 @@
+"""The tests of the Triton kernels, where there is no GPU: through Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvmamba_kernels.backends.triton.support import interpreting
+
+FILES = [
+    "test_triton.py",
+    "test_depthwise_conv.py",
+    "test_layer_norm.py",
+    "test_selective_scan_2d_norm.py",
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="the tests run directly")
+def test_kernels_through_the_interpreter(project):
+    """All in one process.
+
+    The interpreter is chosen by an environment variable that must be set before Triton is imported,
+    which torch does at will.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    folder = Path(__file__).parent
+    marked = {path.name for path in folder.glob("test_*.py") if "mark.triton" in path.read_text()}
+    assert marked - {Path(__file__).name} == set(FILES)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "triton and not slow", *FILES],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, done.stdout
