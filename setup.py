@@ -36,7 +36,7 @@ def build_kernels(folder: Path) -> None:
             f"MMVMAMBA_WITH_EXT={WITH_EXT} needs PyTorch to build ({error}): install it first "
             "and call pip with --no-build-isolation"
         ) from error
-    from mmvmamba_kernels import build
+    from mmvmamba_kernels.backends.native import build
 
     folder.mkdir(parents=True, exist_ok=True)
     with_cuda = WITH_EXT == "1" and torch.version.cuda is not None
@@ -68,7 +68,7 @@ class BuildPyWithMim(build_py):
         super().run()
         if WITH_EXT != "0":
             base = ROOT / "kernels" if self.editable_mode else Path(self.build_lib)
-            build_kernels(base / "mmvmamba_kernels" / "lib")
+            build_kernels(base / "mmvmamba_kernels/backends/native/lib")
         if self.editable_mode:
             mim = ROOT / "mmvmamba" / ".mim"
             mim.mkdir(exist_ok=True)

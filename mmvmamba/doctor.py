@@ -283,7 +283,8 @@ def check_kernels() -> Iterator[Finding]:
         return
     import torch
 
-    from mmvmamba_kernels import dispatch, extension
+    from mmvmamba_kernels import dispatch
+    from mmvmamba_kernels.backends.native import extension
 
     reason = extension.load("cpu")
     if reason is None:
@@ -365,8 +366,8 @@ def check_model() -> Iterator[Finding]:
 def _check_step(model, device: str, dtype: str) -> Finding:
     import torch
 
+    from mmvmamba_kernels.backends.native.extension import build_command
     from mmvmamba_kernels.dispatch import ENVIRONMENT_VARIABLE
-    from mmvmamba_kernels.extension import build_command
 
     check = f"forward and backward, {dtype} on {device}"
     asked = os.environ.get(ENVIRONMENT_VARIABLE)

@@ -14,7 +14,8 @@ from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from mmvmamba import compat, doctor
-from mmvmamba_kernels import dispatch, extension
+from mmvmamba_kernels import dispatch
+from mmvmamba_kernels.backends.native import extension
 
 OPERATORS = {f"{op} on cpu" for op in dispatch.operators()}
 

@@ -1,4 +1,7 @@
-"""Imports go one way: tools -> mmvmamba -> mmvmamba_kernels -> torch."""
+"""Imports go one way: tools -> mmvmamba -> mmvmamba_kernels -> torch.
+
+Inside mmvmamba_kernels: operators -> backends -> what all operators share.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels" / "mmvmamba_kernels"
 # Package -> (its folder, first parts of module names that it must not import).
 RULES = {
     "mmvmamba_kernels": (
-        ROOT / "kernels" / "mmvmamba_kernels",
+        KERNELS,
         {"mmvmamba", "mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "tools"},
     ),
     "mmvmamba": (ROOT / "mmvmamba", {"tools", "tests"}),
@@ -23,8 +27,12 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module)
-    return {name.split(".")[0] for name in names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
 
 
 @pytest.mark.parametrize("package", RULES)
@@ -33,27 +41,33 @@ def test_imports_go_one_way(package):
     files = [p for p in folder.rglob("*.py") if ".mim" not in p.parts]
     assert files
     for path in files:
-        assert not imported(path) & forbidden, path
+        assert not packages(path) & forbidden, path
+
+
+def test_kernels_stand_on_backends_and_those_on_what_is_shared():
+    operators = {api.parent.name for api in KERNELS.glob("*/api.py")}
+    assert operators
+    # The command that builds the libraries is no part of the operators.
+    shared = [p for p in KERNELS.glob("*.py") if p.stem not in ("__init__", "build")]
+    backends = list((KERNELS / "backends").rglob("*.py"))
+    for files, forbidden in ((shared, operators | {"backends"}), (backends, operators)):
+        assert files
+        for path in files:
+            names = {".".join(name.split(".")[:2]) for name in imported(path)}
+            assert not names & {f"{KERNELS.name}.{name}" for name in forbidden}, path
 
 
 def test_tools_import_no_sibling_tool():
     files = list((ROOT / "tools").rglob("*.py"))
     assert files
     for path in files:
-        assert "tools" not in imported(path), path
+        assert "tools" not in packages(path), path
 
 
 def modules_imported(path: Path, known: set[str]) -> set[str]:
     """The modules of `known` that a file imports, at its top or in a function."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            # What is imported from a package may be one of its modules.
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= whole & known or {node.module}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names & known
+    # What is imported from a package may be one of its modules.
+    return {n if n in known else n.rpartition(".")[0] for n in imported(path)} & known
 
 
 @pytest.mark.parametrize("package", RULES)

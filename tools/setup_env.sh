@@ -240,7 +240,7 @@ WHEELS+=-flags$(printf '%s' "$MMCV_CFLAGS" | content_hash)
 stack_key=$(content_hash "$REQUIREMENTS")
 mmcv_key=$(basename "$WHEELS")-$(content_hash requirements/mmcv.txt)
 package_key=$(content_hash setup.py pyproject.toml)
-kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/csrc kernels/mmvmamba_kernels/build.py -type f -print0 | sort -z | xargs -0 cat | content_hash)
+kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/backends/native/{csrc,build.py} -type f -print0 | sort -z | xargs -0 cat | content_hash)
 # Found now rather than after the download.
 free=$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print int($4 / 1048576) }')
 [[ -f $STAMPS/stack ]] || ((free >= DISK_GB)) ||
@@ -248,7 +248,7 @@ free=$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print int($4 / 1048576) }')
 [[ -n $(cached_wheel) ]] || check_compiler
 # Files that the stamps vouch for but that someone has removed are made again.
 [[ -e mmvmamba/.mim/configs && -e mmvmamba/.mim/tools ]] || rm -f "$STAMPS/mmvmamba"
-[[ -n $(find kernels/mmvmamba_kernels/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
+[[ -n $(find kernels/mmvmamba_kernels/backends/native/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
 
 step stack "$stack_key" '1 to 3 min, 5 GB' 'pinned packages' install_stack
 if [[ -n $(cached_wheel) ]]; then duration='15 s'; else duration="$((18 / (JOBS < 18 ? JOBS : 18) + 1)) min, once per machine"; fi

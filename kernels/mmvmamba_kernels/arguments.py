@@ -1,4 +1,4 @@
-"""Argument checks and the dtype rule that the operators share.
+"""Argument checks and the rules on dtypes and sizes that the operators share.
 
 Every message names the argument, what it is and what was expected.
 """
@@ -84,7 +84,12 @@ def check_positive(op: str, **sizes: int) -> None:
             raise ValueError(f"{op}: {name} must be at least 1, got {size}")
 
 
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+def state_dtype(*arguments: object) -> torch.dtype:
     """The dtype of states and sums: float64 if any tensor is float64, else float32."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in arguments)
     return torch.float64 if double else torch.float32
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own is made for kernels too, and ten times as slow."""
+    return (a + b - 1) // b

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,8 +21,14 @@ from mmvmamba_kernels.dispatch import AUTO, Problem, pin, resolve
 
 NAMESPACE = "mmvmamba"
 
-Arguments = Mapping[str, Any]
-"""An operator's arguments by name, or their shapes in place of tensors."""
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
 
 
 class OperatorPair:
@@ -157,33 +163,28 @@ class Operator:
 
     Args:
         name: Name of the public function and, in the namespace ``mmvmamba``, of the operator.
-        tensors: Names of the tensor arguments; those that may be None end in a question mark.
-        options: Schema types of the other arguments, by name.
-        sizes: From the arguments' shapes to the number of scanned elements (channels times
-            positions of all sequences) and the state dimension.
-        flops: From the arguments' shapes to the operations of the forward pass; without it, those
-            of a scan.
+        arguments: The record of its arguments, tensors first, whose annotations give the schema.
+        sizes: From such a record, with shapes in place of tensors, to the number of scanned
+            elements (channels times positions of all sequences) and the state dimension.
+        flops: From the same to the operations of the forward pass; without it, those of a scan.
     """
 
     def __init__(
         self,
         name: str,
-        tensors: tuple[str, ...],
-        options: Mapping[str, str],
-        sizes: Callable[[Arguments], tuple[int, int]],
-        flops: Callable[[Arguments], int] | None = None,
+        arguments: type[NamedTuple],
+        sizes: Callable[[NamedTuple], tuple[int, int]],
+        flops: Callable[[NamedTuple], int] | None = None,
     ):
         self.name = name
-        self._tensors = tuple(t.rstrip("?") for t in tensors)
-        self._names = (*self._tensors, *options)
+        self._arguments = arguments
+        schema = {name: _SCHEMA_TYPES[hint] for name, hint in get_type_hints(arguments).items()}
+        self._count = sum(kind.startswith("Tensor") for kind in schema.values())
         self._sizes = sizes
         self._flops = flops or self._scan_flops
-        inputs = ", ".join(
-            [f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors]
-            + [f"{kind} {option}" for option, kind in options.items()]
-            + ["str backend"]
-        )
-        grads = ", ".join(["Tensor"] * len(tensors))
+        schema["backend"] = "str"
+        inputs = ", ".join(f"{kind} {name}" for name, kind in schema.items())
+        grads = ", ".join(["Tensor"] * self._count)
         self._pair = OperatorPair(
             name,
             self._forward,
@@ -199,71 +200,66 @@ class Operator:
         register_flop_formula(getattr(overloads, name))(self._forward_flops)
         register_flop_formula(getattr(overloads, f"{name}_backward"))(self._backward_flops)
 
-    def __call__(self, arguments: Arguments, backend: str) -> Tensor:
-        """Run the operator on checked arguments, which come in the schema's order."""
-        tensors = (arguments[name] for name in self._tensors)
-        needed = any(t is not None and t.requires_grad for t in tensors)
+    def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
+        """Run the operator on checked arguments."""
+        needed = any(t is not None and t.requires_grad for t in arguments[: self._count])
         save_carries = torch.is_grad_enabled() and needed
         if save_carries and backend == AUTO:
             problem = self._problem(arguments)
             # index() makes a compiler fix the state dimension, which a choice may depend on.
             states = operator.index(problem.states)
             backend = pin(self.name, problem.device, problem.dtype, states)
-        return self._pair(*arguments.values(), backend, save_carries)[0]
+        return self._pair(*arguments, backend, save_carries)[0]
 
-    def _named(self, values: tuple) -> dict[str, Any]:
-        return dict(zip(self._names, values, strict=True))
-
-    def _problem(self, arguments: Arguments) -> Problem:
-        shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        elements, states = self._sizes(shapes)
-        first = arguments[self._tensors[0]]
+    def _problem(self, arguments: NamedTuple) -> Problem:
+        shapes = (v.shape if isinstance(v, Tensor) else v for v in arguments)
+        elements, states = self._sizes(self._arguments(*shapes))
+        first = arguments[0]
         return Problem(first.device, first.dtype, states, elements * states)
 
-    def _implementation(self, arguments: Arguments, backend: str, quiet: bool = False):
+    def _implementation(self, arguments: NamedTuple, backend: str, quiet: bool = False):
         return resolve(self.name, backend, self._problem(arguments), quiet=quiet)
 
     def _forward(self, *values) -> tuple[Tensor, Tensor]:
         *values, backend, save_carries = values
-        arguments = self._named(values)
+        arguments = self._arguments(*values)
         implementation = self._implementation(arguments, backend)
         with autocast_off(values[0]):
-            return implementation.forward(**arguments, save_carries=save_carries)
+            return implementation.forward(arguments, save_carries)
 
     def _forward_fake(self, *values) -> tuple[Tensor, Tensor]:
         *values, backend, save_carries = values
-        arguments = self._named(values)
+        arguments = self._arguments(*values)
         first = values[0]
-        out = first.new_empty(first.shape, dtype=arguments.get("out_dtype", first.dtype))
+        out = first.new_empty(first.shape, dtype=getattr(arguments, "out_dtype", first.dtype))
         saved = (0,)
         if save_carries:
-            saved = self._implementation(arguments, backend, quiet=True).carries_shape(**arguments)
-        dtype = state_dtype(*(arguments[name] for name in self._tensors))
-        return out, first.new_empty(saved, dtype=dtype)
+            saved = self._implementation(arguments, backend, quiet=True).carries_shape(arguments)
+        return out, first.new_empty(saved, dtype=state_dtype(*arguments))
 
     def _backward(self, grad_out: Tensor, carries: Tensor, *values) -> tuple[Tensor, ...]:
         *values, backend = values
-        arguments = self._named(values)
+        arguments = self._arguments(*values)
         implementation = self._implementation(arguments, backend)
-        expected = tuple(implementation.carries_shape(**arguments))
+        expected = tuple(implementation.carries_shape(arguments))
         if carries.shape != expected:
             raise RuntimeError(
                 f"{self.name}: the backward pass got saved states of shape {tuple(carries.shape)}, "
                 f"expected {expected}. Forward and backward must run on one backend."
             )
         with autocast_off(grad_out):
-            grads = implementation.backward(grad_out, carries, **arguments)
+            grads = implementation.backward(grad_out, carries, arguments)
         # Operators cannot return None.
         return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
 
     def _backward_fake(self, grad_out: Tensor, _carries: Tensor, *values) -> tuple[Tensor, ...]:
-        tensors = values[: len(self._tensors)]
+        tensors = values[: self._count]
         return tuple(grad_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
     def _setup_context(self, ctx, inputs, output) -> None:
         carries = output[1]
-        tensors = inputs[: len(self._tensors)]
-        ctx.options = inputs[len(self._tensors) : -1]
+        tensors = inputs[: self._count]
+        ctx.options = inputs[self._count : -1]
         ctx.save_for_backward(carries, *tensors)
         ctx.mark_non_differentiable(carries)
         ctx.set_materialize_grads(False)
@@ -277,12 +273,12 @@ class Operator:
         return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *rest)
 
     def _forward_flops(self, *shapes, **_) -> int:
-        return self._flops(self._named(shapes[: len(self._names)]))
+        return self._flops(self._arguments(*shapes[: len(self._arguments._fields)]))
 
-    def _scan_flops(self, shapes: Arguments) -> int:
+    def _scan_flops(self, shapes: NamedTuple) -> int:
         # 9 N per element, as the authors of Mamba count, and one for the skip.
         elements, states = self._sizes(shapes)
-        return elements * (9 * states + (shapes["D"] is not None))
+        return elements * (9 * states + (shapes.D is not None))
 
     def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
         # As PyTorch's own formulas count a backward pass.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mmvmamba.analysis.scan_patterns import path_name, path_positions, paths_of
 from mmvmamba.models.ss2d import SS2D, Mamba2Mixer, convolve
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.patterns import Path
 
 KINDS = ("qk", "weighted", "contribution")
 TITLES = {

@@ -16,7 +16,7 @@ from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models import VMamba
 from mmvmamba.models.ss2d import SCANS, ScanName
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS, Path
+from mmvmamba_kernels.patterns import PATTERNS, Path
 
 
 def paths_of(scan: ScanName) -> tuple[Path, ...]:

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from mmvmamba_kernels.triton_support import interpreting
+from mmvmamba_kernels.backends.triton.support import interpreting
 
 if interpreting():
     from triton.runtime import interpreter

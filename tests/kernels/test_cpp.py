@@ -9,9 +9,10 @@ import pytest
 import torch
 from comparison import compare, doubled
 
-from mmvmamba_kernels import build, extension, selective_scan, selective_scan_2d
+from mmvmamba_kernels import selective_scan, selective_scan_2d
+from mmvmamba_kernels.backends.native import build, extension
 from mmvmamba_kernels.dispatch import BackendError
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,

@@ -11,7 +11,8 @@ import pytest
 import setuptools
 import torch
 
-from mmvmamba_kernels import BackendError, build, dispatch, extension, selective_scan_2d
+from mmvmamba_kernels import BackendError, dispatch, selective_scan_2d
+from mmvmamba_kernels.backends.native import build, extension
 from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
 

@@ -17,16 +17,9 @@ import pytest
 import torch
 from comparison import compare, doubled
 
-from mmvmamba_kernels import (
-    BackendError,
-    build,
-    cuda_scan,
-    dispatch,
-    extension,
-    selective_scan,
-    selective_scan_2d,
-)
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels import BackendError, dispatch, selective_scan, selective_scan_2d
+from mmvmamba_kernels.backends.native import build, cuda_scan, extension
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -418,8 +411,9 @@ _GUARDED = textwrap.dedent("""
     import mmap
     import sys
     import torch
-    from mmvmamba_kernels import cuda_scan
+    from mmvmamba_kernels.backends.native import cuda_scan
     from mmvmamba_kernels.selective_scan_2d import cuda_impl
+    from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
     from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
     torch.ops.load_library(sys.argv[1])
@@ -442,8 +436,9 @@ _GUARDED = textwrap.dedent("""
             directions = 4 if pattern == "cross2d" else 2
             arguments = selective_scan_2d_arguments(*shape, directions)
             arguments = {name: guarded(t) for name, t in arguments.items()}
-            out, carries = cuda_impl.forward(**arguments, pattern=pattern, save_carries=True)
-            grads = cuda_impl.backward(guarded(out), guarded(carries), **arguments, pattern=pattern)
+            scan = Arguments(**arguments, pattern=pattern)
+            out, carries = cuda_impl.forward(scan, save_carries=True)
+            grads = cuda_impl.backward(guarded(out), guarded(carries), scan)
             assert all(g.isfinite().all() for g in grads)
 """)
 

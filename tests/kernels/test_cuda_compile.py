@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from architectures import on_architectures
 
-from mmvmamba_kernels import build, extension
+from mmvmamba_kernels.backends.native import build, extension
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba_kernels import BackendError, depthwise_conv
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
     depthwise_conv_arguments,
     depthwise_conv_oracle,
@@ -15,7 +16,6 @@ from mmvmamba_kernels.testing import (
     output_and_gradients,
     relative_error,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 # The deterministic algorithms that the fixtures ask for include cuBLAS's, which wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -172,7 +172,7 @@ def test_forward_and_backward_must_use_one_backend(monkeypatch):
     args = selective_scan_arguments(1, 1, 1, 1, 30)
     out = selective_scan(**args, backend="reference")
     reference = importlib.import_module("mmvmamba_kernels.selective_scan.reference")
-    monkeypatch.setattr(reference, "carries_shape", lambda **_: (7,))
+    monkeypatch.setattr(reference, "carries_shape", lambda _: (7,))
     with pytest.raises(RuntimeError, match="Forward and backward must run on one backend"):
         out.sum().backward()
 

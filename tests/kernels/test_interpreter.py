@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvmamba_kernels.triton_support import interpreting
+from mmvmamba_kernels.backends.triton.support import interpreting
 
 FILES = [
     "test_triton.py",

@@ -11,9 +11,11 @@ import types
 import pytest
 import torch
 
-from mmvmamba_kernels import BackendError, dispatch, mamba_ssm_support, selective_scan
+from mmvmamba_kernels import BackendError, dispatch, selective_scan
+from mmvmamba_kernels.backends import mamba_ssm
 from mmvmamba_kernels.dispatch import Problem
 from mmvmamba_kernels.selective_scan import reference
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -34,13 +36,13 @@ class StandIn(torch.autograd.Function):
         assert u.dtype == delta.dtype == B.dtype == C.dtype
         assert all(t is None or t.dtype == torch.float32 for t in (A, D, bias))
         assert all(t is None or t.is_contiguous() for t in (u, delta, A, B, C, D, bias))
-        out, carries = reference.forward(*arguments, out_dtype=u.dtype, save_carries=True)
+        out, carries = reference.forward(Arguments(*arguments, u.dtype), save_carries=True)
         ctx.arguments, ctx.carries = arguments, carries
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        grads = reference.backward(grad, ctx.carries, *ctx.arguments, out_dtype=grad.dtype)
+        grads = reference.backward(grad, ctx.carries, Arguments(*ctx.arguments, grad.dtype))
         return (*grads, None)
 
 
@@ -139,10 +141,10 @@ def any_algorithm():
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorithm):
-    monkeypatch.setattr(mamba_ssm_support.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
 
     def replace(**changes):
-        return mamba_ssm_support.can_run(dataclasses.replace(GPU, **changes))
+        return mamba_ssm.can_run(dataclasses.replace(GPU, **changes))
 
     assert replace() is None
     assert "on 'cpu'" in replace(device=torch.device("cpu"))
@@ -153,7 +155,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorith
 
 
 def test_it_is_never_chosen_unasked(monkeypatch):
-    monkeypatch.setattr(mamba_ssm_support.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
     backends = dispatch._registry["selective_scan"]
     monkeypatch.setattr(
         dispatch,

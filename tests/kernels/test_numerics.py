@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvmamba_kernels.numerics import softplus
+from mmvmamba_kernels.backends.reference.numerics import softplus
 
 
 def test_softplus_in_float32():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mmvmamba_kernels
-from mmvmamba_kernels import chunked_scan
+from mmvmamba_kernels.backends.reference import chunked_scan
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mmvmamba_kernels import BackendError, selective_scan, selective_scan_2d
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.backends.triton.support import interpreting
+from mmvmamba_kernels.patterns import PATTERNS
 from mmvmamba_kernels.testing import (
     errors,
     output_and_gradients,
@@ -17,7 +18,6 @@ from mmvmamba_kernels.testing import (
     selective_scan_arguments,
     selective_scan_oracle,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 # The deterministic algorithms that the fixtures ask for include cuBLAS's, which wants this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,7 +37,7 @@ on_gpu = pytest.mark.skipif(not GPU, reason="no GPU: shapes too large for Triton
 @pytest.fixture
 def chunks(monkeypatch):
     """Paths are cut into the shortest chunks, as for a GPU with many processors."""
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: 1000)
     monkeypatch.setattr(triton_scan, "_SHORTEST_CHUNK", 1)
@@ -134,7 +134,7 @@ def test_2d_strided_arguments():
 @pytest.mark.triton
 @pytest.mark.usefixtures("chunks")
 def test_offsets_of_64_bits_change_nothing(monkeypatch):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     arguments = selective_scan_2d_arguments(2, 9, 1, 2, 1, 1, 2, device=DEVICE)
     narrow = output_and_gradients(scan_2d("columns"), arguments)

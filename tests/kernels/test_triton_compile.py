@@ -15,12 +15,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, on_architectures
 
+from mmvmamba_kernels.backends.triton.support import interpreting
 from mmvmamba_kernels.testing import (
     depthwise_conv_arguments,
     selective_scan_2d_arguments,
     selective_scan_arguments,
 )
-from mmvmamba_kernels.triton_support import interpreting
 
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="TRITON_INTERPRET=1: kernels are Python functions, nothing to compile"
@@ -75,7 +75,7 @@ class Recorder:
 
 @pytest.fixture
 def launches(monkeypatch):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     recorded = []
     for name in KERNELS:
@@ -87,9 +87,10 @@ def launches(monkeypatch):
 def run(op, arguments, **options):
     """Both passes of an operator's Triton backend."""
     implementation = importlib.import_module(f"mmvmamba_kernels.{op}.triton_impl")
-    arguments = {name: t.detach() for name, t in arguments.items()}
-    out, carries = implementation.forward(**arguments, **options, save_carries=True)
-    implementation.backward(out, carries, **arguments, **options)
+    record = importlib.import_module(f"mmvmamba_kernels.{op}.arguments").Arguments
+    arguments = record(**{name: t.detach() for name, t in arguments.items()}, **options)
+    out, carries = implementation.forward(arguments, save_carries=True)
+    implementation.backward(out, carries, arguments)
 
 
 def compile_launch(kernel, args, options, architecture):
@@ -182,7 +183,7 @@ def test_2d_cases_compile(case, launches, tmp_path):
 
 
 def test_offsets_of_64_bits_compile(launches, monkeypatch, tmp_path):
-    from mmvmamba_kernels import triton_scan
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     monkeypatch.setattr(triton_scan, "_NARROW", 0)
     arguments = selective_scan_2d_arguments(1, 9, 9, 32, 2, 1, 2, dtype=torch.bfloat16)

@@ -142,8 +142,8 @@ case "$1 $2 $3" in
     "-m pip"* | "-m ensurepip"*) ;;
     "-m mmvmamba_kernels.build"*)
         if [[ -e $BREAK_KERNELS ]]; then echo 'found no C++ compiler'; exit 1; fi
-        mkdir -p "$CHECKOUT/kernels/mmvmamba_kernels/lib"
-        touch "$CHECKOUT/kernels/mmvmamba_kernels/lib/libmmvmamba_kernels-0.so" ;;
+        mkdir -p "$CHECKOUT/kernels/mmvmamba_kernels/backends/native/lib"
+        touch "$CHECKOUT/kernels/mmvmamba_kernels/backends/native/lib/libmmvmamba_kernels-0.so" ;;
     "-c from mmcv"* | "-c import mmvmamba"*) ;;
     *) exec "$REAL_PYTHON" "$@" ;;
 esac
@@ -190,7 +190,7 @@ class Machine:
             copy = shutil.copytree if source.is_dir() else shutil.copy
             folder.mkdir(exist_ok=True)
             copy(source, folder / part)
-        native = "kernels/mmvmamba_kernels"
+        native = "kernels/mmvmamba_kernels/backends/native"
         shutil.copytree(self.project / native / "csrc", folder / native / "csrc")
         shutil.copy(self.project / native / "build.py", folder / native)
         for link in ("configs", "tools"):

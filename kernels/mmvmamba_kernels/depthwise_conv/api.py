@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmvmamba_kernels import triton_support
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.depthwise_conv import reference
+from mmvmamba_kernels.depthwise_conv.arguments import Arguments
 from mmvmamba_kernels.dispatch import Backend, check_name, plain_or_pinned, register_backend
-from mmvmamba_kernels.registration import Arguments, Operator
+from mmvmamba_kernels.registration import Operator
 
 _OP = "depthwise_conv"
 
@@ -58,8 +59,7 @@ def depthwise_conv(
         ValueError: If shapes or devices do not fit one another, or the activation is unknown.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    arguments = {"x": x, "weight": weight, "bias": bias}
-    check_tensors(_OP, arguments, optional=("bias",))
+    check_tensors(_OP, {"x": x, "weight": weight, "bias": bias}, optional=("bias",))
     if act not in ACTIVATIONS:
         raise ValueError(f"{_OP}: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     check_rank(_OP, "x", x, "(B, H, W, C)")
@@ -72,11 +72,11 @@ def depthwise_conv(
         name = plain_or_pinned(_OP, x.device, x.dtype)
         if name is None:
             return reference.convolve(x, weight, bias, act)
-    return _operator({**arguments, "act": act}, name)
+    return _operator(Arguments(x, weight, bias, act), name)
 
 
 def _sizes(shapes: Arguments) -> tuple[int, int]:
-    batch, height, width, channels = shapes["x"]
+    batch, height, width, channels = shapes.x
     return batch * height * width * channels, 1
 
 
@@ -85,10 +85,4 @@ def _flops(shapes: Arguments) -> int:
     return 2 * 9 * _sizes(shapes)[0]
 
 
-_operator = Operator(
-    _OP,
-    tensors=("x", "weight", "bias?"),
-    options={"act": "str"},
-    sizes=_sizes,
-    flops=_flops,
-)
+_operator = Operator(_OP, Arguments, _sizes, _flops)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.depthwise_conv.arguments import Arguments
 from mmvmamba_kernels.registration import autocast_off
 
 _aten = torch.ops.aten
@@ -49,38 +50,37 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor
         return _FORWARD[act](z).permute(0, 2, 3, 1).to(x.dtype)
 
 
-def carries_shape(**_) -> tuple[int, ...]:
+def carries_shape(_: Arguments) -> tuple[int, ...]:
     """Nothing is saved beside the arguments."""
     return (0,)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, save_carries: bool
-) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.depthwise_conv`.
 
     Returns:
         The output in ``x``'s dtype, and a tensor without elements.
     """
     del save_carries
-    out = convolve(x, weight, bias, act)
-    return out.contiguous(), x.new_empty(0, dtype=state_dtype(x, weight, bias))
+    out = convolve(*arguments)
+    return out.contiguous(), out.new_empty(0, dtype=state_dtype(*arguments))
 
 
 def backward(
-    grad_out: Tensor, carries: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str
+    grad_out: Tensor, carries: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of :func:`forward`.
 
     Args:
         grad_out: Gradient of the output, like ``x``.
         carries: What :func:`forward` saved: nothing.
-        x: As in the forward pass; so are the rest.
+        arguments: As in the forward pass.
 
     Returns:
         The gradients of x, weight and bias, each in its own dtype; None for an absent bias.
     """
     del carries
+    x, weight, bias, act = arguments
     maps, filters, shift = _operands(x, weight, bias)
     z = _preactivation(maps, filters, shift, act)
     grad_z = _BACKWARD[act](grad_out.to(maps.dtype).permute(0, 3, 1, 2), z)

@@ -14,12 +14,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.depthwise_conv.triton_kernels import (
+from mmvmamba_kernels.arguments import ceil_div, state_dtype
+from mmvmamba_kernels.backends.triton.depthwise_conv_kernels import (
     depthwise_conv_bwd_kernel,
     depthwise_conv_fwd_kernel,
 )
-from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
+from mmvmamba_kernels.backends.triton.support import (
+    interpreting,
+    multiprocessors,
+    on_device,
+)
+from mmvmamba_kernels.depthwise_conv.arguments import Arguments
 
 _WARPS = 16
 """Programs, of one warp, that a multiprocessor wants; with fewer, maps are cut into fewer rows."""
@@ -158,37 +163,28 @@ def _convolve(
     return out
 
 
-def carries_shape(**_) -> tuple[int, ...]:
+def carries_shape(_: Arguments) -> tuple[int, ...]:
     """Nothing is saved beside the arguments."""
     return (0,)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, save_carries: bool
-) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.depthwise_conv`.
 
     Returns:
         The output in ``x``'s dtype, and a tensor without elements.
     """
     del save_carries
-    dtype = state_dtype(x, weight, bias)
+    x, weight, bias, act = arguments
+    dtype = state_dtype(*arguments)
     return _convolve(x, _taps(weight), bias, dtype, act), x.new_empty(0, dtype=dtype)
 
 
 def backward(
-    grad_out: Tensor, carries: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str
+    grad_out: Tensor, carries: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, like ``x``.
-        carries: What :func:`forward` saved: nothing.
-        x: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of x, weight and bias, each in its own dtype; None for an absent bias.
-    """
+    """See :func:`mmvmamba_kernels.depthwise_conv.reference.backward`."""
+    x, weight, bias, act = arguments
     dtype, scale = carries.dtype, _scale(x)
     channels, taps = x.shape[3], _taps(weight)
     grad_z = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import triton_support
 from mmvmamba_kernels.arguments import FLOATING, check_rank, check_shape, check_tensors, state_dtype
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import (
     Backend,
     Problem,

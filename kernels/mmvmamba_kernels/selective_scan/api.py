@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import extension, mamba_ssm_support, triton_support
 from mmvmamba_kernels.arguments import (
     FLOATING,
     check_positive,
@@ -13,8 +12,12 @@ from mmvmamba_kernels.arguments import (
     check_shape,
     check_tensors,
 )
+from mmvmamba_kernels.backends import mamba_ssm
+from mmvmamba_kernels.backends.native import extension
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
-from mmvmamba_kernels.registration import Arguments, Operator
+from mmvmamba_kernels.registration import Operator
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 
 _OP = "selective_scan"
 
@@ -25,7 +28,7 @@ register_backend(
     Backend(
         "mamba_ssm",
         f"{__package__}.mamba_ssm_impl",
-        mamba_ssm_support.can_run,
+        mamba_ssm.can_run,
         # Its backward pass is not deterministic, which nobody should get unasked.
         automatic=False,
     ),
@@ -81,8 +84,8 @@ def selective_scan(
         ValueError: If shapes or devices do not fit one another.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    arguments = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-    check_tensors(_OP, arguments, optional=("D", "delta_bias"))
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
+    check_tensors(_OP, tensors, optional=("D", "delta_bias"))
     if out_dtype is None:
         out_dtype = u.dtype
     elif out_dtype not in FLOATING:
@@ -104,20 +107,13 @@ def selective_scan(
     check_shape(_OP, "C", C, "(batch, K, N, L)", (batch, groups, states, length))
     check_shape(_OP, "D", D, "(K*D,)", (channels,))
     check_shape(_OP, "delta_bias", delta_bias, "(K*D,)", (channels,))
-    return _operator(
-        {**arguments, "delta_softplus": delta_softplus, "out_dtype": out_dtype},
-        check_name(_OP, backend),
-    )
+    arguments = Arguments(*tensors.values(), delta_softplus, out_dtype)
+    return _operator(arguments, check_name(_OP, backend))
 
 
 def _sizes(shapes: Arguments) -> tuple[int, int]:
-    batch, channels, length = shapes["u"]
-    return batch * channels * length, shapes["A"][1]
+    batch, channels, length = shapes.u
+    return batch * channels * length, shapes.A[1]
 
 
-_operator = Operator(
-    _OP,
-    tensors=("u", "delta", "A", "B", "C", "D?", "delta_bias?"),
-    options={"delta_softplus": "bool", "out_dtype": "ScalarType"},
-    sizes=_sizes,
-)
+_operator = Operator(_OP, Arguments, _sizes)

@@ -11,20 +11,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan
 from mmvmamba_kernels.arguments import state_dtype
+from mmvmamba_kernels.backends.native import cpp_scan
+from mmvmamba_kernels.patterns import Path
 from mmvmamba_kernels.selective_scan import cuda_impl
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 
 _PATHS = (Path(column_major=False, reverse=False),)
 
 
-def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    if u.is_cuda:
-        return cuda_impl.carries_shape(u, B)
-    batch, groups, states, length = B.shape
-    channels = u.shape[1] // groups
+    if scan.u.is_cuda:
+        return cuda_impl.carries_shape(scan)
+    batch, groups, states, length = scan.B.shape
+    channels = scan.u.shape[1] // groups
     return groups, *cpp_scan.carries_shape(batch, 1, length, channels, states, _PATHS)
 
 
@@ -38,17 +39,9 @@ def _channels_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.transpose(1, 2).to(dtype).contiguous()
 
 
-def _groups(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Iterator[tuple[slice, tuple]]:
+def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, tuple]]:
     """The channels and the library's arguments of every group; u and delta are channels-last."""
+    _, _, A, B, C, D, delta_bias, softplus, _ = scan
     groups, length = B.shape[1], B.shape[3]
     channels = u.shape[2] // groups
     # (batch, L, K, 1, 2N): a position's coefficients are contiguous.
@@ -70,78 +63,41 @@ def _groups(
                 1,
                 length,
                 cpp_scan.path_codes(_PATHS),
-                delta_softplus,
+                softplus,
             ),
         )
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan`.
 
     Returns:
         The output in ``out_dtype``, and states of every group in the state's dtype (no elements
         unless ``save_carries``).
     """
-    if u.is_cuda:
-        return cuda_impl.forward(
-            u, delta, A, B, C, D, delta_bias, delta_softplus, out_dtype, save_carries
-        )
-    dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
-    sequences, steps = (_channels_last(t, dtype) for t in (u, delta))
-    carries = sequences.new_empty(carries_shape(u, B) if save_carries else (0,))
+    if scan.u.is_cuda:
+        return cuda_impl.forward(scan, save_carries)
+    sequences, steps = (_channels_last(t, state_dtype(*scan)) for t in (scan.u, scan.delta))
+    carries = sequences.new_empty(carries_shape(scan) if save_carries else (0,))
     out = torch.empty_like(sequences)
-    groups = _groups(sequences, steps, A, B, C, D, delta_bias, delta_softplus)
-    for k, (part, arguments) in enumerate(groups):
+    for k, (part, arguments) in enumerate(_groups(scan, sequences, steps)):
         saved = carries[k] if save_carries else None
         torch.ops.mmvmamba_cpp.scan_forward(*arguments, out[..., part], saved)
-    return _channels_first(out, out_dtype), carries
+    return _channels_first(out, scan.out_dtype), carries
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    **_,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, (batch, K*D, L).
-        carries: What :func:`forward` saved.
-        u: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
-        arguments.
-    """
-    if u.is_cuda:
-        return cuda_impl.backward(
-            grad_out, carries, u, delta, A, B, C, D, delta_bias, delta_softplus
-        )
-    dtype = state_dtype(u, delta, A, B, C, D, delta_bias)
+    """See :func:`mmvmamba_kernels.selective_scan.reference.backward`."""
+    if scan.u.is_cuda:
+        return cuda_impl.backward(grad_out, carries, scan)
+    u, delta, A, B, C, D, delta_bias, *_ = scan
+    dtype = state_dtype(*scan)
     sequences, steps, grad_out = (_channels_last(t, dtype) for t in (u, delta, grad_out))
     grad_u, grad_steps = torch.empty_like(sequences), torch.empty_like(steps)
     grads = []
-    groups = _groups(sequences, steps, A, B, C, D, delta_bias, delta_softplus)
-    for k, (part, arguments) in enumerate(groups):
+    for k, (part, arguments) in enumerate(_groups(scan, sequences, steps)):
         grads.append(
             torch.ops.mmvmamba_cpp.scan_backward(
                 grad_out[..., part],

@@ -9,19 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan, cuda_scan
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.backends.native import cpp_scan, cuda_scan
+from mmvmamba_kernels.patterns import Path
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 
 
 def _paths(groups: int) -> tuple[Path, ...]:
     return (Path(column_major=False, reverse=False),) * groups
 
 
-def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    batch, groups, states, length = B.shape
-    return cuda_scan.carries_shape(batch, 1, length, u.shape[1] // groups, states, _paths(groups))
+    batch, groups, states, length = scan.B.shape
+    return cuda_scan.carries_shape(
+        batch, 1, length, scan.u.shape[1] // groups, states, _paths(groups)
+    )
 
 
 def _maps(sequences: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -38,20 +41,11 @@ def _sequences(maps: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return channels_last.transpose(1, 2).to(dtype).contiguous()
 
 
-def _arguments(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    dtype: torch.dtype,
-) -> tuple:
+def _arguments(scan: Arguments, dtype: torch.dtype) -> tuple:
     """The library's arguments; u is read in ``dtype``."""
+    u, delta, A, B, C, D, delta_bias, softplus, _ = scan
     batch, groups, _, length = B.shape
-    sums = state_dtype(u, delta, A, B, C, D, delta_bias)
+    sums = state_dtype(*scan)
     by_group = (t if t is None else t.unflatten(0, (groups, -1)) for t in (delta_bias, A, D))
     bias, rates, skip = by_group
     return (
@@ -66,64 +60,34 @@ def _arguments(
         1,
         length,
         cpp_scan.path_codes(_paths(groups)),
-        delta_softplus,
+        softplus,
     )
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan`.
 
     Returns:
         The output in ``out_dtype``, and states of every group in the state's dtype (no elements
         unless ``save_carries``).
     """
-    sums = state_dtype(u, delta, A, B, C, D, delta_bias)
-    dtype = cuda_scan.map_dtype(sums, u)
-    arguments = _arguments(u, delta, A, B, C, D, delta_bias, delta_softplus, dtype)
-    carries = u.new_empty(carries_shape(u, B) if save_carries else (0,), dtype=sums)
-    out = torch.empty_like(arguments[0], dtype=out_dtype)
+    sums = state_dtype(*scan)
+    dtype = cuda_scan.map_dtype(sums, scan.u)
+    arguments = _arguments(scan, dtype)
+    carries = scan.u.new_empty(carries_shape(scan) if save_carries else (0,), dtype=sums)
+    out = torch.empty_like(arguments[0], dtype=scan.out_dtype)
     cuda_scan.operators().scan_forward(*arguments, out, carries if save_carries else None)
-    return _sequences(out, u, out_dtype), carries
+    return _sequences(out, scan.u, scan.out_dtype), carries
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    **_,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, (batch, K*D, L).
-        carries: What :func:`forward` saved.
-        u: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
-        arguments.
-    """
+    """See :func:`mmvmamba_kernels.selective_scan.reference.backward`."""
+    u, delta, A, B, C, D, delta_bias, *_ = scan
     batch, groups, states, length = B.shape
     dtype = cuda_scan.map_dtype(carries.dtype, u, grad_out)
-    arguments = _arguments(u, delta, A, B, C, D, delta_bias, delta_softplus, dtype)
+    arguments = _arguments(scan, dtype)
     grad_u = torch.empty_like(arguments[0], dtype=u.dtype)
     # The gradient of the bias is the sum of this one, so it keeps the precision of sums until then.
     kept = delta.dtype if delta_bias is None else carries.dtype

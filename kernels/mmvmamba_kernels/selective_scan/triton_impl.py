@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
-from mmvmamba_kernels.triton_scan import Layout, Operands, scan_backward, scan_forward
+from mmvmamba_kernels.backends.triton.scan import Layout, Operands, scan_backward, scan_forward
+from mmvmamba_kernels.patterns import Path
+from mmvmamba_kernels.selective_scan.arguments import Arguments
 
 
-def _layout(u: Tensor, B: Tensor) -> Layout:
-    batch, groups, states, length = B.shape
-    channels = u.shape[1] // groups
+def _layout(scan: Arguments) -> Layout:
+    batch, groups, states, length = scan.B.shape
+    channels = scan.u.shape[1] // groups
     return Layout(
         batch=batch,
         height=1,
@@ -35,26 +36,18 @@ def _layout(u: Tensor, B: Tensor) -> Layout:
     )
 
 
-def carries_shape(u: Tensor, B: Tensor, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return _layout(u, B).carries_shape()
+    return _layout(scan).carries_shape()
 
 
 def _channels_last(sequence: Tensor) -> Tensor:
     return sequence.transpose(1, 2).contiguous()
 
 
-def _operands(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Layout, Operands]:
-    return _layout(u, B), Operands(
+def _operands(scan: Arguments) -> tuple[Layout, Operands]:
+    u, delta, A, B, C, D, delta_bias, softplus, _ = scan
+    return _layout(scan), Operands(
         u=_channels_last(u),
         proj=torch.cat([B, C], dim=2).permute(0, 3, 1, 2).contiguous(),
         A=A.contiguous(),
@@ -62,60 +55,30 @@ def _operands(
         weight=None,
         bias=None if delta_bias is None else delta_bias.contiguous(),
         skip=None if D is None else D.contiguous(),
-        softplus=delta_softplus,
-        dtype=state_dtype(u, delta, A, B, C, D, delta_bias),
+        softplus=softplus,
+        dtype=state_dtype(*scan),
     )
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    out_dtype: torch.dtype,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan`.
 
     Returns:
         The output in ``out_dtype``, and states of every group in the state's dtype (no elements
         unless ``save_carries``).
     """
-    layout, operands = _operands(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    out = torch.empty_like(operands.u, dtype=out_dtype)
-    carries = scan_forward(layout, operands, out, [(0, B.shape[1])], save_carries)
+    layout, operands = _operands(scan)
+    out = torch.empty_like(operands.u, dtype=scan.out_dtype)
+    carries = scan_forward(layout, operands, out, [(0, len(layout.paths))], save_carries)
     return out.transpose(1, 2).contiguous(), carries
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    **_,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, (batch, K*D, L).
-        carries: What :func:`forward` saved.
-        u: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of u, delta, A, B, C, D and delta_bias, each in its own dtype; None for absent
-        arguments.
-    """
-    layout, operands = _operands(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    """See :func:`mmvmamba_kernels.selective_scan.reference.backward`."""
+    layout, operands = _operands(scan)
+    _, delta, A, B, C, D, delta_bias, *_ = scan
     batch, groups, states, length = B.shape
     grad_u = torch.empty_like(operands.u)
     # The gradient of the bias is the sum of this one, so it keeps the precision of sums until then.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from mmvmamba_kernels import extension, triton_support
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
+from mmvmamba_kernels.backends.native import extension
+from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
-from mmvmamba_kernels.registration import Arguments, Operator
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.patterns import PATTERNS
+from mmvmamba_kernels.registration import Operator
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 _OP = "selective_scan_2d"
 
@@ -67,30 +67,24 @@ def selective_scan_2d(
         ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    arguments = {
-        "x": x,
-        "proj": proj,
-        "dt_weight": dt_weight,
-        "dt_bias": dt_bias,
-        "A": A,
-        "D": D,
-    }
-    check_arguments(_OP, arguments, pattern)
-    return _operator({**arguments, "pattern": pattern}, check_name(_OP, backend))
+    arguments = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
+    check_arguments(_OP, arguments)
+    return _operator(arguments, check_name(_OP, backend))
 
 
-def check_arguments(op: str, arguments: Mapping[str, Tensor], pattern: str) -> None:
+def check_arguments(op: str, arguments: Arguments) -> None:
     """Check the arguments of a 2D scan; ``op`` is the function that messages name.
 
     Raises:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
     """
-    check_tensors(op, arguments)
+    *tensors, pattern = arguments
+    check_tensors(op, dict(zip(arguments._fields, tensors, strict=False)))
     if pattern not in PATTERNS:
         raise ValueError(f"{op}: pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
-    directions = len(PATTERNS[pattern])
-    x, proj, dt_weight, dt_bias, A, D = arguments.values()
+    directions = len(arguments.paths)
+    x, proj, dt_weight, dt_bias, A, D = tensors
     check_rank(op, "x", x, "(B, H, W, D)")
     check_rank(op, "dt_weight", dt_weight, "(K, D, R)")
     check_rank(op, "A", A, "(K, D, N)")
@@ -117,14 +111,9 @@ def check_arguments(op: str, arguments: Mapping[str, Tensor], pattern: str) -> N
 
 
 def _sizes(shapes: Arguments) -> tuple[int, int]:
-    batch, height, width, channels = shapes["x"]
-    directions, _, states = shapes["A"]
+    batch, height, width, channels = shapes.x
+    directions, _, states = shapes.A
     return batch * directions * height * width * channels, states
 
 
-_operator = Operator(
-    _OP,
-    tensors=("x", "proj", "dt_weight", "dt_bias", "A", "D"),
-    options={"pattern": "str"},
-    sizes=_sizes,
-)
+_operator = Operator(_OP, Arguments, _sizes)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmvmamba_kernels import cpp_scan, cuda_scan, gpu_scan
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
+from mmvmamba_kernels.backends import gpu_scan
+from mmvmamba_kernels.backends.native import cpp_scan, cuda_scan
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 MAX_RANK = 64
 """Largest dt rank that kernels expand; beyond it raw step sizes are a matrix product."""
 
 
-def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return cuda_scan.carries_shape(*x.shape, A.shape[2], PATTERNS[pattern])
+    return cuda_scan.carries_shape(*scan.x.shape, scan.A.shape[2], scan.paths)
 
 
 def _every_direction(maps: Tensor, directions: int) -> Tensor:
@@ -22,16 +23,14 @@ def _every_direction(maps: Tensor, directions: int) -> Tensor:
     return maps.flatten(0, 2).expand(directions, -1, -1)
 
 
-def _arguments(
-    x: Tensor, proj: Tensor, dt_weight: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, pattern: str
-) -> tuple:
-    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+def _arguments(scan: Arguments) -> tuple:
+    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    dtype = state_dtype(*scan)
     delta, weight = None, cuda_scan.parameter(dt_weight.mT, dtype)
     if dt_weight.shape[2] > MAX_RANK:
         delta, weight = gpu_scan.raw_step_sizes(proj, dt_weight, dtype), None
-    paths = PATTERNS[pattern]
     return (
-        _every_direction(x.to(cuda_scan.map_dtype(dtype, x)).contiguous(), len(paths)),
+        _every_direction(x.to(cuda_scan.map_dtype(dtype, x)).contiguous(), len(scan.paths)),
         delta,
         proj.contiguous().flatten(0, 2),
         weight,
@@ -39,7 +38,7 @@ def _arguments(
         cuda_scan.parameter(A.mT, dtype),
         cuda_scan.parameter(D, dtype),
         *x.shape[:3],
-        cpp_scan.path_codes(paths),
+        cpp_scan.path_codes(scan.paths),
         True,
     )
 
@@ -50,53 +49,26 @@ def _partial_sums(maps: Tensor) -> Tensor:
     return maps.new_empty((buffers, *maps.shape[1:]), dtype=dtype)
 
 
-def forward(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan_2d`.
 
     Returns:
         The output in ``x``'s dtype, and states along every path in the state's dtype (no elements
         unless ``save_carries``).
     """
-    arguments = _arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
-    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
-    shape = carries_shape(x, A, pattern) if save_carries else (0,)
-    carries = x.new_empty(shape, dtype=dtype)
+    x, arguments = scan.x, _arguments(scan)
+    shape = carries_shape(scan) if save_carries else (0,)
+    carries = x.new_empty(shape, dtype=state_dtype(*scan))
     parts = _partial_sums(arguments[0])
     cuda_scan.operators().scan_forward(*arguments, parts, carries if save_carries else None)
     return parts.sum(0).view(x.shape).to(x.dtype), carries
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, like ``x``.
-        carries: What :func:`forward` saved.
-        x: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
-    """
-    arguments = _arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
+    """See :func:`mmvmamba_kernels.selective_scan_2d.reference.backward`."""
+    arguments = _arguments(scan)
     maps = arguments[0]
     grad_maps = _every_direction(grad_out.to(maps.dtype).contiguous(), maps.shape[0])
     parts = _partial_sums(maps)
@@ -105,6 +77,7 @@ def backward(
     grad_weights, grad_A, grad_D = cuda_scan.operators().scan_backward(
         grad_maps, carries, *arguments, parts, raw
     )
+    x, proj, dt_weight, dt_bias, A, D, _ = scan
     grad_proj, grad_weight, grad_bias = gpu_scan.low_rank_gradients(
         raw, grad_weights, proj, dt_weight, carries.dtype
     )

@@ -13,32 +13,31 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.chunked_scan import carries_shape as scan_carries_shape
-from mmvmamba_kernels.chunked_scan import selective_scan_, selective_scan_backward_
-from mmvmamba_kernels.numerics import softplus
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS, Path
+from mmvmamba_kernels.backends.reference.chunked_scan import carries_shape as scan_carries_shape
+from mmvmamba_kernels.backends.reference.chunked_scan import (
+    selective_scan_,
+    selective_scan_backward_,
+)
+from mmvmamba_kernels.backends.reference.numerics import softplus
+from mmvmamba_kernels.patterns import Path
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 
-def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    batch, height, width, channels = x.shape
-    paths = PATTERNS[pattern]
-    sequences, length = _sequences(batch, height, width, paths[0])
-    return len(paths), *scan_carries_shape(sequences, length, channels, A.shape[2])
-
-
-def _sequences(batch: int, height: int, width: int, path: Path) -> tuple[int, int]:
-    """Number of sequences and positions of each."""
-    lines, length = (width, height) if path.column_major else (height, width)
-    return (batch * lines, length) if path.per_line else (batch, lines * length)
+    batch, height, width, channels = scan.x.shape
+    lines, length = scan.paths[0].sequences(height, width)
+    shape = scan_carries_shape(batch * lines, length, channels, scan.A.shape[2])
+    return len(scan.paths), *shape
 
 
 def _as_sequences(maps: Tensor, path: Path) -> Tensor:
     """(B, H, W, C) -> (S, L, C) in the path's order, not reversed; column-major paths copy."""
-    sequences, length = _sequences(*maps.shape[:3], path)
+    batch, height, width, channels = maps.shape
+    lines, length = path.sequences(height, width)
     if path.column_major:
         maps = maps.transpose(1, 2)
-    return maps.reshape(sequences, length, maps.shape[3])
+    return maps.reshape(batch * lines, length, channels)
 
 
 def _as_map(sequence: Tensor, shape: tuple[int, int, int], path: Path) -> Tensor:
@@ -72,35 +71,24 @@ def _direction(
     return _Direction(low_rank, raw, softplus(raw), B, C)
 
 
-def forward(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan_2d`.
 
     Returns:
         The output in ``x``'s dtype, and the states that enter the chunks of every direction in the
         state's dtype (no elements unless ``save_carries``).
     """
-    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    dtype = state_dtype(*scan)
     shape = tuple(x.shape[:3])
     states = A.shape[2]
     u = x.to(dtype).contiguous()
     dt_weight, dt_bias, A, D = (t.to(dtype) for t in (dt_weight, dt_bias, A, D))
-    saved = carries_shape(x, A, pattern) if save_carries else (0,)
-    carries = x.new_empty(saved, dtype=dtype)
+    carries = x.new_empty(carries_shape(scan) if save_carries else (0,), dtype=dtype)
 
     out = u * D.sum(0)
     for column_major in (False, True):
-        directions = [
-            (k, p) for k, p in enumerate(PATTERNS[pattern]) if p.column_major == column_major
-        ]
+        directions = [(k, p) for k, p in enumerate(scan.paths) if p.column_major == column_major]
         if not directions:
             continue
         sequence = _as_sequences(u, directions[0][1])
@@ -125,27 +113,20 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`forward`.
 
     Args:
         grad_out: Gradient of the output, like ``x``.
         carries: What :func:`forward` saved.
-        x: As in the forward pass; so are the rest.
+        scan: As in the forward pass.
 
     Returns:
         The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
     """
-    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    dtype = state_dtype(*scan)
     shape = tuple(x.shape[:3])
     rank, states = dt_weight.shape[2], A.shape[2]
     u, grad_out = (t.to(dtype).contiguous() for t in (x, grad_out))
@@ -155,9 +136,7 @@ def backward(
     grad_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
     grad_weight, grad_bias, grad_rates = (torch.empty_like(t) for t in (weight, bias, rates))
     for column_major in (False, True):
-        directions = [
-            (k, p) for k, p in enumerate(PATTERNS[pattern]) if p.column_major == column_major
-        ]
+        directions = [(k, p) for k, p in enumerate(scan.paths) if p.column_major == column_major]
         if not directions:
             continue
         sequence = _as_sequences(u, directions[0][1])

@@ -2,7 +2,7 @@
 
 Maps are read where they are, in the order of every path, and step sizes are recomputed from the low
 rank in registers: the forward pass writes a partial output per direction (see
-:func:`~mmvmamba_kernels.gpu_scan.partial_buffers`) and their sum, nothing else.
+:func:`~mmvmamba_kernels.backends.gpu_scan.partial_buffers`) and their sum, nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
-from mmvmamba_kernels.selective_scan_2d.patterns import PATTERNS
-from mmvmamba_kernels.triton_scan import (
+from mmvmamba_kernels.backends.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
+from mmvmamba_kernels.backends.triton.scan import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
     Layout,
@@ -23,18 +22,19 @@ from mmvmamba_kernels.triton_scan import (
     sum_buffers,
     waves,
 )
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 
-def _layout(x: Tensor, A: Tensor, pattern: str, low_rank: int = 0, rank: int = 0) -> Layout:
-    batch, height, width, channels = x.shape
+def _layout(scan: Arguments, low_rank: int = 0, rank: int = 0) -> Layout:
+    batch, height, width, channels = scan.x.shape
     positions = batch * height * width
     return Layout(
         batch=batch,
         height=height,
         width=width,
         channels=channels,
-        states=A.shape[2],
-        paths=PATTERNS[pattern],
+        states=scan.A.shape[2],
+        paths=scan.paths,
         low_rank=low_rank,
         rank=rank,
         stride_u=channels,
@@ -46,69 +46,41 @@ def _layout(x: Tensor, A: Tensor, pattern: str, low_rank: int = 0, rank: int = 0
     )
 
 
-def carries_shape(x: Tensor, A: Tensor, pattern: str, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return _layout(x, A, pattern).carries_shape()
+    return _layout(scan).carries_shape()
 
 
-def _operands(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-    max_rank: int,
-) -> tuple[Layout, Operands]:
-    dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
-    x, proj, dt_weight, dt_bias, A, D = (
-        t.contiguous() for t in (x, proj, dt_weight, dt_bias, A, D)
-    )
+def _operands(scan: Arguments, max_rank: int) -> tuple[Layout, Operands]:
+    dtype = state_dtype(*scan)
+    x, proj, dt_weight, dt_bias, A, D = (t.contiguous() for t in scan[:6])
     rank = dt_weight.shape[2]
-    layout = _layout(x, A, pattern, rank, rank if rank <= max_rank else 0)
+    layout = _layout(scan, rank, rank if rank <= max_rank else 0)
     delta = None
     if rank > max_rank:
         delta = raw_step_sizes(proj, dt_weight, dtype)
     return layout, Operands(x, proj, A, delta, dt_weight, dt_bias, D, softplus=True, dtype=dtype)
 
 
-def forward(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan_2d`.
 
     Returns:
         The output in ``x``'s dtype, and states along every path in the state's dtype (no elements
         unless ``save_carries``).
     """
-    parts, carries = forward_parts(x, proj, dt_weight, dt_bias, A, D, pattern, save_carries)
-    return sum_buffers(parts, x.dtype), carries
+    parts, carries = forward_parts(scan, save_carries)
+    return sum_buffers(parts, scan.x.dtype), carries
 
 
-def forward_parts(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward_parts(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """:func:`forward` before its last sum.
 
     Returns:
         Maps whose sum over the first dimension, in its order, is the output, and the states.
     """
-    layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK)
+    layout, operands = _operands(scan, MAX_RANK)
+    x = scan.x
     dtype, buffers = partial_buffers(x.dtype, len(layout.paths))
     parts = x.new_empty((buffers, *x.shape), dtype=dtype)
     carries = scan_forward(layout, operands, parts, waves(len(layout.paths), buffers), save_carries)
@@ -116,27 +88,11 @@ def forward_parts(
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    pattern: str,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of :func:`forward`.
-
-    Args:
-        grad_out: Gradient of the output, like ``x``.
-        carries: What :func:`forward` saved.
-        x: As in the forward pass; so are the rest.
-
-    Returns:
-        The gradients of x, proj, dt_weight, dt_bias, A and D, each in its own dtype.
-    """
-    layout, operands = _operands(x, proj, dt_weight, dt_bias, A, D, pattern, MAX_RANK_BACKWARD)
+    """See :func:`mmvmamba_kernels.selective_scan_2d.reference.backward`."""
+    layout, operands = _operands(scan, MAX_RANK_BACKWARD)
+    x, proj, dt_weight, dt_bias, A, D, _ = scan
     directions, channels, _ = dt_weight.shape
     dtype, buffers = partial_buffers(x.dtype, directions)
     parts = x.new_empty((buffers, *x.shape), dtype=dtype)

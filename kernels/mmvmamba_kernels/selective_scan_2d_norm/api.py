@@ -16,6 +16,7 @@ from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
 from mmvmamba_kernels.registration import OperatorPair, autocast_off
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 _OP = "selective_scan_2d_norm"
 _SCAN = "selective_scan_2d"
@@ -80,15 +81,8 @@ def selective_scan_2d_norm(
         out = layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
         total = y.detach() if out.requires_grad else None
         return (out, total) if return_sum else out
-    scan = {
-        "x": x,
-        "proj": proj,
-        "dt_weight": dt_weight,
-        "dt_bias": dt_bias,
-        "A": A,
-        "D": D,
-    }
-    check_arguments(_OP, scan, pattern)
+    scan = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
+    check_arguments(_OP, scan)
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_tensors(_OP, {"x": x, **norm})
     for name, tensor in norm.items():
@@ -96,7 +90,7 @@ def selective_scan_2d_norm(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
-    tensors = (*scan.values(), *norm.values())
+    tensors = (*scan[:-1], *norm.values())
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
     return (out, total if save else None) if return_sum else out
@@ -117,54 +111,32 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 # Triton is what these two are for, so it is imported with them, and not before.
-def _forward(
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    out_dtype: torch.dtype,
-    pattern: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mmvmamba_kernels.layer_norm.triton_impl import normalise_sum
     from mmvmamba_kernels.selective_scan_2d.triton_impl import forward_parts
 
-    with autocast_off(x):
-        parts, carries = forward_parts(x, proj, dt_weight, dt_bias, A, D, pattern, save)
+    *tensors, weight, bias, eps, out_dtype, pattern, save = values
+    scan = Arguments(*tensors, pattern)
+    with autocast_off(scan.x):
+        parts, carries = forward_parts(scan, save)
         total, out, statistics = normalise_sum(
-            parts, norm_weight, norm_bias, eps, _sum_dtype(x), out_dtype, save
+            parts, weight, bias, eps, _sum_dtype(scan.x), out_dtype, save
         )
     return out, total, statistics, carries
 
 
 def _backward(
-    grad_out: Tensor,
-    total: Tensor,
-    statistics: Tensor,
-    carries: Tensor,
-    x: Tensor,
-    proj: Tensor,
-    dt_weight: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pattern: str,
+    grad_out: Tensor, total: Tensor, statistics: Tensor, carries: Tensor, *values
 ) -> tuple[Tensor, ...]:
     from mmvmamba_kernels.layer_norm import triton_impl as norm
     from mmvmamba_kernels.selective_scan_2d import triton_impl as scan
 
-    with autocast_off(x):
+    *tensors, weight, bias, pattern = values
+    with autocast_off(grad_out):
         grad_total, _, grad_weight, grad_bias = norm.backward(
-            None, grad_out, total, statistics, None, norm_weight, norm_bias, None
+            None, grad_out, total, statistics, None, weight, bias, None
         )
-        grads = scan.backward(grad_total, carries, x, proj, dt_weight, dt_bias, A, D, pattern)
+        grads = scan.backward(grad_total, carries, Arguments(*tensors, pattern))
     return *grads, grad_weight, grad_bias
 
 
@@ -174,18 +146,17 @@ _TENSORS = (
 )
 
 
-def _forward_fake(
-    x, proj, dt_weight, dt_bias, A, D, norm_weight, norm_bias, eps, out_dtype, pattern, save
-):
-    del eps
+def _forward_fake(*values):
     from mmvmamba_kernels.selective_scan_2d.triton_impl import carries_shape
 
-    scan_dtype = state_dtype(x, proj, dt_weight, dt_bias, A, D)
+    *tensors, weight, bias, _, out_dtype, pattern, save = values
+    scan = Arguments(*tensors, pattern)
+    x = scan.x
     return (
         x.new_empty(x.shape, dtype=out_dtype),
         x.new_empty(x.shape if save else (0,), dtype=_sum_dtype(x)),
-        x.new_empty((x.shape[:3].numel(), 2), dtype=state_dtype(x, norm_weight, norm_bias)),
-        x.new_empty(carries_shape(x, A, pattern) if save else (0,), dtype=scan_dtype),
+        x.new_empty((x.shape[:3].numel(), 2), dtype=state_dtype(x, weight, bias)),
+        x.new_empty(carries_shape(scan) if save else (0,), dtype=state_dtype(*scan)),
     )
 
 

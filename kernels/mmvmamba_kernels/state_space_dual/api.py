@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, check_tensors
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
-from mmvmamba_kernels.registration import Arguments, Operator
+from mmvmamba_kernels.registration import Operator
+from mmvmamba_kernels.state_space_dual.arguments import Arguments
 
 _OP = "state_space_dual"
 
@@ -59,8 +60,8 @@ def state_space_dual(
         ValueError: If shapes or devices do not fit one another, or ``chunk_size`` is less than 1.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    arguments = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
-    check_tensors(_OP, arguments, optional=("D", "dt_bias"))
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+    check_tensors(_OP, tensors, optional=("D", "dt_bias"))
     if not isinstance(chunk_size, int):
         raise TypeError(f"{_OP}: chunk_size must be an integer, got {chunk_size!r}")
     check_rank(_OP, "x", x, "(B, K, L, heads, P)")
@@ -76,17 +77,12 @@ def state_space_dual(
     check_shape(_OP, "C", C, "(B, K, L, N)", (batch, directions, length, states))
     check_shape(_OP, "D", D, "(K, heads, P)", (directions, heads, width))
     check_shape(_OP, "dt_bias", dt_bias, "(K, heads)", (directions, heads))
-    return _operator({**arguments, "chunk_size": chunk_size}, check_name(_OP, backend))
+    return _operator(Arguments(*tensors.values(), chunk_size), check_name(_OP, backend))
 
 
 def _sizes(shapes: Arguments) -> tuple[int, int]:
-    batch, directions, length, heads, width = shapes["x"]
-    return batch * directions * length * heads * width, shapes["B"][3]
+    batch, directions, length, heads, width = shapes.x
+    return batch * directions * length * heads * width, shapes.B[3]
 
 
-_operator = Operator(
-    _OP,
-    tensors=("x", "dt", "A", "B", "C", "D?", "dt_bias?"),
-    options={"chunk_size": "int"},
-    sizes=_sizes,
-)
+_operator = Operator(_OP, Arguments, _sizes)

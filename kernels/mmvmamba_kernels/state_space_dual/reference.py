@@ -13,20 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.numerics import softplus
+from mmvmamba_kernels.arguments import ceil_div, state_dtype
+from mmvmamba_kernels.backends.reference.numerics import softplus
+from mmvmamba_kernels.state_space_dual.arguments import Arguments
 
 
 def split_length(length: int, chunk_size: int) -> tuple[int, int]:
     """Number of chunks and positions of each, evened out to pad less than one position a chunk."""
-    chunks = (length + chunk_size - 1) // chunk_size
-    return chunks, (length + chunks - 1) // chunks
+    chunks = ceil_div(length, chunk_size)
+    return chunks, ceil_div(length, chunks)
 
 
-def carries_shape(x: Tensor, B: Tensor, chunk_size: int, **_) -> tuple[int, ...]:
+def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    batch, directions, length, heads, width = x.shape
-    return directions, batch, split_length(length, chunk_size)[0], heads * width, B.shape[3]
+    batch, directions, length, heads, width = scan.x.shape
+    chunks, _ = split_length(length, scan.chunk_size)
+    return directions, batch, chunks, heads * width, scan.B.shape[3]
 
 
 def _chunked(tensor: Tensor, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -64,25 +66,15 @@ class _Direction(NamedTuple):
     """Decay from the state that enters the chunk to position t, (B, c, heads, T)."""
 
 
-def _direction(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    k: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-) -> _Direction:
-    chunks, size = split_length(x.shape[2], chunk_size)
-    raw = dt[:, k].to(dtype)
-    if dt_bias is not None:
-        raw = raw + dt_bias[k].to(dtype)
+def _direction(scan: Arguments, k: int, dtype: torch.dtype) -> _Direction:
+    chunks, size = split_length(scan.x.shape[2], scan.chunk_size)
+    raw = scan.dt[:, k].to(dtype)
+    if scan.dt_bias is not None:
+        raw = raw + scan.dt_bias[k].to(dtype)
     steps = _chunked(softplus(raw), chunks, size, dtype)
-    x, B, C = (_chunked(t[:, k], chunks, size, dtype) for t in (x, B, C))
+    x, B, C = (_chunked(t[:, k], chunks, size, dtype) for t in (scan.x, scan.B, scan.C))
     drive = (x * steps.unsqueeze(-1)).transpose(2, 3)
-    exponents = (steps * A[k].to(dtype)).transpose(2, 3)
+    exponents = (steps * scan.A[k].to(dtype)).transpose(2, 3)
     between = exponents.unsqueeze(-2).expand(*exponents.shape[:-1], size, size).triu(1)
     between = between.cumsum(-1).exp_().triu_()
     return _Direction(x, raw, steps, drive, B, C, between, exponents.cumsum(-1).exp_())
@@ -103,31 +95,20 @@ def _carry_decays(part: _Direction, width: int) -> Tensor:
     return part.since_start[..., -1].repeat_interleave(width, dim=-1).unsqueeze(-1)
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    chunk_size: int,
-    save_carries: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.state_space_dual`.
 
     Returns:
         The output in ``x``'s dtype, and the states that enter the chunks of every direction in the
         state's dtype (no elements unless ``save_carries``).
     """
-    dtype = state_dtype(x, dt, A, B, C, D, dt_bias)
+    x, D, dtype = scan.x, scan.D, state_dtype(*scan)
     _, directions, length, heads, width = x.shape
-    saved = carries_shape(x, B, chunk_size) if save_carries else (0,)
-    carries = x.new_empty(saved, dtype=dtype)
+    carries = x.new_empty(carries_shape(scan) if save_carries else (0,), dtype=dtype)
 
     out = x.new_empty(x.shape)
     for k in range(directions):
-        part = _direction(x, dt, A, B, C, dt_bias, k, chunk_size, dtype)
+        part = _direction(scan, k, dtype)
         until_end = part.between[..., -1].unsqueeze(-1)
         # Holds each chunk's own end state first, then the state that enters it.
         entering = _rows(part.drive * until_end).transpose(2, 3) @ part.B
@@ -162,29 +143,21 @@ def _carry_(states: Tensor, decays: Tensor, reverse: bool) -> None:
 
 
 def backward(
-    grad_out: Tensor,
-    carries: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    chunk_size: int,
+    grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of :func:`forward`.
 
     Args:
         grad_out: Gradient of the output, like ``x``.
         carries: What :func:`forward` saved.
-        x: As in the forward pass; so are the rest.
+        scan: As in the forward pass.
 
     Returns:
         The gradients of x, dt, A, B, C, D and dt_bias, each in its own dtype; None for absent
         arguments.
     """
-    dtype = state_dtype(x, dt, A, B, C, D, dt_bias)
+    x, dt, A, B, C, D, dt_bias, chunk_size = scan
+    dtype = state_dtype(*scan)
     _, directions, length, heads, width = x.shape
     chunks, size = split_length(length, chunk_size)
     grad_x, grad_dt, grad_A, grad_B, grad_C = (
@@ -195,7 +168,7 @@ def backward(
         for t in (D, dt_bias)
     )
     for k in range(directions):
-        part = _direction(x, dt, A, B, C, dt_bias, k, chunk_size, dtype)
+        part = _direction(scan, k, dtype)
         until_end = part.between[..., -1].unsqueeze(-1)
         since_start = part.since_start.unsqueeze(-1)
         entering = carries[k]

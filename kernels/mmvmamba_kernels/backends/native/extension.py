@@ -1,4 +1,4 @@
-"""Finding and loading the compiled libraries. :mod:`mmvmamba_kernels.build` makes them."""
+"""Finding and loading the compiled libraries. :mod:`.build` makes them."""
 
 from __future__ import annotations
 

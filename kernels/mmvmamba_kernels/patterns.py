@@ -15,6 +15,11 @@ class Path(NamedTuple):
     per_line: bool = False
     """Every row (or column) is a sequence of its own, starting from a zero state."""
 
+    def sequences(self, height: int, width: int) -> tuple[int, int]:
+        """Number of sequences of one map, and positions of each."""
+        lines, length = (width, height) if self.column_major else (height, width)
+        return (lines, length) if self.per_line else (1, lines * length)
+
 
 PATTERNS: dict[str, tuple[Path, ...]] = {
     "cross2d": (Path(False, False), Path(True, False), Path(False, True), Path(True, True)),

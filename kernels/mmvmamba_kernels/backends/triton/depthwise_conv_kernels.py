@@ -1,4 +1,4 @@
-"""Device code of the depth-wise convolution; ``triton_impl.py`` beside it launches it.
+"""Device code of the depth-wise convolution; the operator's ``triton_impl.py`` launches it.
 
 A program is one warp that owns a block of channels of P neighbouring columns and slides down the
 rows. A lane holds its channels of all P columns, so the columns' overlap and the rows' overlap are

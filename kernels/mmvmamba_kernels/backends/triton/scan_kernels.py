@@ -1,4 +1,4 @@
-"""Device code of the selective scan in Triton; :mod:`mmvmamba_kernels.triton_scan` launches it."""
+"""Device code of the selective scan; :mod:`mmvmamba_kernels.backends.triton.scan` launches it."""
 
 # ruff: noqa: RET505, RUF005, SIM102 - a constexpr branch must stay one, and Triton has no unpacking
 

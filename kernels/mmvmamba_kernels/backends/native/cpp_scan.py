@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.arguments import ceil_div
+from mmvmamba_kernels.patterns import Path
 
 # The library's compile-time sizes: positions of a tile, channels that are computed together.
 _TILE = 64
@@ -16,11 +17,9 @@ def carries_shape(
     batch: int, height: int, width: int, channels: int, states: int, paths: tuple[Path, ...]
 ) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves: those that enter the tiles of the paths."""
-    column_major, _, per_line = paths[0]
-    lines, length = (width, height) if column_major else (height, width)
-    sequences, length = (batch * lines, length) if per_line else (batch, lines * length)
-    tiles, blocks = (length + _TILE - 1) // _TILE, (channels + _LANES - 1) // _LANES
-    return len(paths), sequences, tiles, states, blocks * _LANES
+    lines, length = paths[0].sequences(height, width)
+    blocks = ceil_div(channels, _LANES)
+    return len(paths), batch * lines, ceil_div(length, _TILE), states, blocks * _LANES
 
 
 def path_codes(paths: tuple[Path, ...]) -> list[int]:

@@ -57,11 +57,6 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own is made for kernels too, and ten times as slow."""
-    return (a + b - 1) // b
-
-
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one in the interpreter."""
     if interpreting():

@@ -21,15 +21,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
-from mmvmamba_kernels.triton_kernels import (
+from mmvmamba_kernels.arguments import ceil_div
+from mmvmamba_kernels.backends.triton.scan_kernels import (
     selective_scan_bwd_kernel,
     selective_scan_carry_kernel,
     selective_scan_fwd_kernel,
     selective_scan_state_kernel,
     sum_buffers_kernel,
 )
-from mmvmamba_kernels.triton_support import ceil_div, interpreting, multiprocessors, on_device
+from mmvmamba_kernels.backends.triton.support import (
+    interpreting,
+    multiprocessors,
+    on_device,
+)
+from mmvmamba_kernels.patterns import Path
 
 INTERVAL = 8
 """Positions whose states the backward pass holds in registers at a time."""
@@ -95,13 +100,12 @@ class Layout:
     @property
     def lines(self) -> int:
         """Sequences of one image."""
-        path = self.paths[0]
-        return 1 if not path.per_line else self.width if path.column_major else self.height
+        return self.paths[0].sequences(self.height, self.width)[0]
 
     @property
     def length(self) -> int:
         """Positions of one sequence."""
-        return self.height * self.width // self.lines
+        return self.paths[0].sequences(self.height, self.width)[1]
 
     @property
     def sequences(self) -> int:

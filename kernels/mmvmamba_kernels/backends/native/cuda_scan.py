@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmvmamba_kernels.selective_scan_2d.patterns import Path
+from mmvmamba_kernels.arguments import ceil_div
+from mmvmamba_kernels.patterns import Path
 
 # Positions between saved states, by d_state: compile-time sizes of the library.
 _SAVED_SINGLE = 8
@@ -21,11 +22,9 @@ def carries_shape(
     batch: int, height: int, width: int, channels: int, states: int, paths: tuple[Path, ...]
 ) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves."""
-    column_major, _, per_line = paths[0]
-    lines = 1 if not per_line else width if column_major else height
+    lines, length = paths[0].sequences(height, width)
     saved = _SAVED_SINGLE if states == 1 else _SAVED_SEVERAL
-    intervals = (height * width // lines + saved - 1) // saved
-    return batch * lines, len(paths), intervals, states, channels
+    return batch * lines, len(paths), ceil_div(length, saved), states, channels
 
 
 def map_dtype(dtype: torch.dtype, *maps: Tensor) -> torch.dtype:

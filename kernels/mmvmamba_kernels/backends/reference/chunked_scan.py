@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from mmvmamba_kernels.arguments import ceil_div
+
 _GROUP_ELEMENTS = 1 << 20
 """States are scanned in groups whose temporaries have at most this many elements, or one by one."""
 
@@ -35,11 +37,6 @@ def chunk_length(length: int) -> int:
     return chunk
 
 
-def chunk_count(length: int, chunk: int) -> int:
-    """Number of chunks of ``chunk`` positions, the last one possibly shorter."""
-    return (length + chunk - 1) // chunk
-
-
 def scan_carries(decay: Tensor, value: Tensor, chunk: int, reverse: bool) -> Tensor:
     """The state that enters each chunk.
 
@@ -53,10 +50,10 @@ def scan_carries(decay: Tensor, value: Tensor, chunk: int, reverse: bool) -> Ten
         reverse: Run from position L - 1 down to 0.
 
     Returns:
-        (S, chunk_count(L, chunk), C); zero for the chunk at which the recurrence starts.
+        (S, ceil(L / chunk), C); zero for the chunk at which the recurrence starts.
     """
     sequences, length, channels = value.shape
-    chunks = chunk_count(length, chunk)
+    chunks = ceil_div(length, chunk)
     carries = value.new_empty(sequences, chunks, channels)
     carries[:, -1 if reverse else 0] = 0
     full = chunks - 1
@@ -113,7 +110,7 @@ def scan_(decay: Tensor, value: Tensor, carries: Tensor, chunk: int, reverse: bo
 
 def carries_shape(sequences: int, length: int, channels: int, states: int) -> tuple[int, ...]:
     """Shape of the carries of one selective scan, as :func:`selective_scan_` writes them."""
-    return states, sequences, chunk_count(length, chunk_length(length)), channels
+    return states, sequences, ceil_div(length, chunk_length(length)), channels
 
 
 def _state_groups(states: int, elements: int) -> list[slice]:

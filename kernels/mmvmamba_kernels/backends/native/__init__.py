@@ -1,0 +1,1 @@
+"""The compiled libraries, for CPUs and for NVIDIA GPUs: their sources, building, loading."""

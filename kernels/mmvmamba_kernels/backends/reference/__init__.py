@@ -1,0 +1,1 @@
+"""Plain PyTorch: the specification of the others, on any device."""
