@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,9 @@ from mmvmamba.engine.cli import load_config
 
 # The tables that the paper gives FLOPs in.
 TABLES = ("3, 4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15")
+# Rows that say again what others do: S and B differ from T in depths and widths, which table 3, 4
+# counts, and sizes between the smallest and the largest lie on one line.
+AGAIN = re.compile(r"table [678]: .*-[SB](\[s2l15\])?|table 9: .* at (288|384|512|640)")
 
 
 @functools.cache
@@ -21,10 +25,14 @@ def paper(project) -> list[dict]:
 
 def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames:
-        cases = [
-            pytest.param({**table, **row}, id=f"table {table['table']}: {row['row']}")
+        rows = {
+            f"table {table['table']}: {row['row']}": {**table, **row}
             for table in paper(metafunc.config.rootpath)
             for row in table["rows"]
+        }
+        cases = [
+            pytest.param(row, id=name, marks=pytest.mark.slow if AGAIN.fullmatch(name) else ())
+            for name, row in rows.items()
         ]
         metafunc.parametrize("row", cases)
 
