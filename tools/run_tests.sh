@@ -44,5 +44,7 @@ fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # One worker per core leaves nothing for threads. Tests of threads ask for theirs.
 if [[ $workers == auto ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+# A file's tests share what takes long to make, so a worker gets all of them.
+by_file=(--dist loadfile --no-loadscope-reorder)
 printf -- '-- tests\n'
-exec python -m pytest -o console_output_style=times -n "$workers" --dist worksteal --durations=15 "$@"
+exec python -m pytest -o console_output_style=times -n "$workers" "${by_file[@]}" --durations=15 "$@"
