@@ -19,7 +19,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mmvmamba.engine.cli import load_config
+from mmvmamba.engine.cli import load_config, tell_notices
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.models import VMamba
@@ -93,9 +93,9 @@ def find_subject(
             and mmseg.
         ValueError: If there is no such model; the message has the nearest names.
     """
-    if name.endswith(".py") or "::" in name:
-        cfg = load_config(name)
-        cfg.merge_from_dict(dict(overrides or {}))
+    if is_config(name):
+        cfg = load_config(name, overrides)
+        tell_notices(cfg)
         return _config_subject(Path(name.rpartition("::")[2]).stem, cfg, backbone_only)
     _check_name(name)
     return Subject(
@@ -103,6 +103,11 @@ def find_subject(
         lambda size: _build_by_name(name, size, backbone_only),
         classifies=not backbone_only,
     )
+
+
+def is_config(name: str) -> bool:
+    """Whether a model is named by a config ('file.py' or 'package::folder/file.py')."""
+    return name.endswith(".py") or "::" in name
 
 
 def build_classifier(name: str, size: tuple[int, int] | None = None) -> nn.Module:

@@ -4,6 +4,7 @@ A config's `default_scope` says which it is. Each function changes a config in p
 task's upstream package expects it.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,13 +16,28 @@ from mmvmamba.engine.errors import UsageError
 FLIPS = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
 
 
+def type_name(settings: Mapping | None) -> str:
+    """The class that settings are of, without its scope; '' if they do not say.
+
+    The types of new-style configs are classes, those of others are names.
+    """
+    kind = (settings or {}).get("type") or ""
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+
+
 def scope_of(cfg: Config) -> str:
     """The package whose models and data sets a config uses.
 
+    New-style configs need not say, where their model's class does.
+
     Raises:
-        UsageError: If the config does not say.
+        UsageError: If neither does.
     """
     scope = cfg.get("default_scope")
+    kind = (cfg.get("model") or {}).get("type")
+    if not scope and isinstance(kind, type):
+        # What is added on the command line is named, and looked up in it.
+        scope = cfg.default_scope = kind.__module__.partition(".")[0]
     if not scope:
         raise UsageError(
             f"{cfg.filename} has no default_scope, so it is not known whether it is detection, "
