@@ -55,13 +55,17 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
+# The warm-up is a twentieth of the training, whatever its length.
+warm_up = max_epochs / 20
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=1, convert_to_iter_based=True),
+    dict(
+        type="LinearLR", start_factor=0.01, by_epoch=True, end=warm_up, convert_to_iter_based=True
+    ),
     dict(
         type="CosineAnnealingLR",
         eta_min=1e-6,
         by_epoch=True,
-        begin=1,
+        begin=warm_up,
         end=max_epochs,
         convert_to_iter_based=True,
     ),

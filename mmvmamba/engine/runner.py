@@ -10,6 +10,7 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS, LOOPS, Registry
 from mmengine.runner import EpochBasedTrainLoop as UpstreamEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
@@ -24,6 +25,7 @@ from mmvmamba.engine.invalid_loss_hook import StopOnInvalidLoss
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.processes import prepare_launch
 from mmvmamba.engine.resume import check_resumable, newest_checkpoint
+from mmvmamba.engine.schedules import fit_warm_up
 from mmvmamba.engine.seeds import build_train_dataloader
 from mmvmamba.engine.wrappers import unwrapped
 from mmvmamba.models.checkpoint import (
@@ -153,6 +155,23 @@ class StrictRunner(Runner):
                 loop["type"], start, by_epoch = IterBasedTrainLoop, meta.get("iter", 0), False
             self._train_dataloader = build_train_dataloader(loader, self.seed, start, by_epoch)
         return super().build_train_loop(loop)
+
+    def build_param_scheduler(self, scheduler: _ParamScheduler | dict | list) -> list | dict:
+        """Builds the schedulers, whose warm-up fits the training: see `fit_warm_up`."""
+        if isinstance(scheduler, dict) and "type" not in scheduler:
+            # Of several optimizers.
+            fitted = {name: self._fit_warm_up(one) for name, one in scheduler.items()}
+        else:
+            fitted = self._fit_warm_up(scheduler)
+        return super().build_param_scheduler(fitted)
+
+    def _fit_warm_up(self, scheduler: _ParamScheduler | dict | list) -> list:
+        if isinstance(scheduler, _ParamScheduler) or not isinstance(self._train_loop, BaseLoop):
+            return scheduler
+        fitted, lines = fit_warm_up(scheduler, self.max_iters, len(self.train_dataloader))
+        for line in lines:
+            self.logger.warning(line)
+        return fitted
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Puts model, optimizer, schedulers and counters where a checkpoint left them."""
