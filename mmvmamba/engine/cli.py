@@ -241,9 +241,10 @@ def test_config(options: argparse.Namespace) -> Config:
     """
     cfg = _common_config(options)
     cfg.load_from = options.checkpoint
-    if "load_ignore" not in options.cfg_options:
-        # The config's own says where its training may differ from the weights that it began with.
-        cfg.pop("load_ignore", None)
+    for key in ("load_ignore", "load_in_channels"):
+        if key not in options.cfg_options:
+            # The config's own is of how its training may differ from the weights it began with.
+            cfg.pop(key, None)
     if options.show or options.show_dir:
         enable_drawing(cfg, options.show_dir, options.show, options.wait_time)
     if options.tta:

@@ -28,7 +28,7 @@ from mmvmamba.models import MM_VSSM, VMamba
 # tools, upstream's and ours, look up beside them.
 KNOWN = {*inspect.signature(Runner.__init__).parameters} - {"self", "cfg"} | {
     *("activation_checkpointing", "compile", "custom_imports", "efficient_conv_bn_eval"),
-    *("find_unused_parameters", "load_ignore", "model_wrapper_cfg"),
+    *("find_unused_parameters", "load_ignore", "load_in_channels", "model_wrapper_cfg"),
     *("runner_type", "strategy", "sync_bn", "tta_cfg", "tta_model", "tta_pipeline"),
 }
 

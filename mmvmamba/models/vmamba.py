@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvmamba.models.checkpoint import LoadReport, load_backbone, split_pretrained
+from mmvmamba.models.checkpoint import Channels, LoadReport, load_backbone, split_pretrained
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -215,7 +215,8 @@ class VMamba(BaseModule):
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
         with_cp: Whether to recompute blocks in the backward pass (gradient checkpointing).
         init_cfg: mmengine's initialisation. `dict(type='Pretrained', checkpoint=...)` takes
-            official files and mmengine checkpoints, and is strict: see `load_backbone`.
+            official files and mmengine checkpoints, and is strict: see `load_backbone`, whose
+            `prefix` and `in_channels` may stand beside `checkpoint`.
         drop_path_rate, d_state, ssm_ratio, dt_rank, scan, gated, dwconv, dwconv_bias, act, init,
             mlp_ratio, norm: Where given, these take the place of the arch's own; see `Arch`.
 
@@ -445,7 +446,7 @@ class VMamba(BaseModule):
         super().init_weights()
         self.init_cfg = configured
         for cfg in pretrained:
-            self.load_pretrained(cfg["checkpoint"], prefix=cfg.get("prefix"))
+            self.load_pretrained(cfg["checkpoint"], cfg.get("prefix"), cfg.get("in_channels"))
 
     def compile(
         self,
@@ -469,9 +470,11 @@ class VMamba(BaseModule):
             mode, options = None, COMPILE_OPTIONS | named
         super().compile(backend=backend, mode=mode, options=options, **others)
 
-    def load_pretrained(self, source: str, prefix: str | None = None) -> LoadReport:
+    def load_pretrained(
+        self, source: str, prefix: str | None = None, in_channels: Channels | None = None
+    ) -> LoadReport:
         """Loads weights strictly and logs what became of every key; see `load_backbone`."""
-        report = load_backbone(self, source, prefix)
+        report = load_backbone(self, source, prefix, in_channels)
         print_log(f"{type(self).__name__}: {report}", logger="current")
         return report
 
