@@ -15,6 +15,7 @@ _base_ = [
 model = dict(head=dict(num_classes=len(classes), cal_acc=True), train_cfg=None)
 data_preprocessor = dict(num_classes=len(classes))
 
+extensions = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="RandomResizedCrop", scale=224, backend="pillow", interpolation="bicubic"),
@@ -29,6 +30,7 @@ train_dataloader = dict(
         data_root=data_root,
         data_prefix="train",
         classes=classes,
+        extensions=extensions,
         pipeline=train_pipeline,
     ),
 )
@@ -40,6 +42,7 @@ val_dataloader = dict(
         data_root=data_root,
         data_prefix="val",
         classes=classes,
+        extensions=extensions,
         pipeline={{_base_.test_pipeline}},
     ),
 )

@@ -1,6 +1,6 @@
 """The models that are measured: VMamba by name, its peers, and any config's model.
 
-All of them are built with random weights, and become modules from images (B, 3, H, W) to tensors.
+All of them are built with random weights, and become modules from images (B, C, H, W) to tensors.
 """
 
 import difflib
@@ -287,7 +287,17 @@ def number_of_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def random_images(batch: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Images of unit variance, (B, 3, H, W), the same in every call."""
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes: those of its backbone's first convolution."""
+    named = model.named_modules()
+    backbone = next((part for name, part in named if f".{name}".endswith(".backbone")), model)
+    convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    return next((convolution.in_channels for convolution in convolutions), 3)
+
+
+def random_images(
+    batch: int, size: tuple[int, int], device: torch.device, channels: int = 3
+) -> Tensor:
+    """Images of unit variance, (B, C, H, W), the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, *size, generator=generator).to(device)
+    return torch.randn(batch, channels, *size, generator=generator).to(device)

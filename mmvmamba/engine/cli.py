@@ -248,6 +248,11 @@ def test_config(options: argparse.Namespace) -> Config:
     if options.show or options.show_dir:
         enable_drawing(cfg, options.show_dir, options.show, options.wait_time)
     if options.tta:
+        if scope_of(cfg) == "mmpretrain" and (options.show or options.show_dir):
+            raise UsageError(
+                "--tta with --show or --show-dir: mmpretrain draws what goes into the model, which "
+                "is several images for one with --tta. Draw without it."
+            )
         enable_tta(cfg)
     if options.out:
         add_prediction_dump(cfg, options.out)

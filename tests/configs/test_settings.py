@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
     "train_dataloader.batchsize": "batch_size",
     "train_cfg.max_epoch": "max_epochs",
     "randomness.sed": "seed",
-    "default_hooks.loger.interval": "logger",
+    "default_hooks.loggr.interval": "logger",
     "param_scheduler.0.start_facor": "start_factor",
     "model.head.loss.label_smooth": "label_smooth_val",
     "train_dataloader.dataset.pipeline.1.scal": "scale",
