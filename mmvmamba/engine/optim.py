@@ -138,7 +138,7 @@ LARGEST_SGD_RATE = 1e-3
 
 def rate_notice(cfg: Config) -> str | None:
     """What is to be told of a config that trains a VMamba by SGD at a ResNet's rate, if it does."""
-    backbone = cfg.model.get("backbone") or {}
+    backbone = (cfg.get("model") or {}).get("backbone") or {}
     wrapper = cfg.get("optim_wrapper") or {}
     optimizer = wrapper.get("optimizer") or {}
     if type_name(backbone) not in (VMamba.__name__, MM_VSSM.__name__):

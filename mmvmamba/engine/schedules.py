@@ -24,7 +24,7 @@ def fit_warm_up(
     One that takes more than half of the training takes a tenth, and what was to follow it follows
     it still. One of a single step, after which mmengine's schedulers leave the rate for good where
     they began, takes two, and one of a single epoch goes by iterations. All others stay as they
-    are.
+    are, and so does a rate that does nothing else than rise through the whole training.
 
     Args:
         schedulers: The config's `param_scheduler`; what are no dicts are left alone.
@@ -44,8 +44,11 @@ def fit_warm_up(
         by_epoch = one.get("by_epoch", True)
         end = int(one["end"] * (epoch_length if by_epoch else 1))
         new = int(iterations * SHORTENED) if end > iterations * LONGEST else end
+        if len(schedulers) == 1 and end == iterations:
+            # The search for a learning rate.
+            new = end
         # The first step is at the factor, the second at the peak.
-        new = max(new, 2) if iterations > 1 else 0
+        new = max(new, 2)
         single = by_epoch and not one.get("convert_to_iter_based") and one["end"] < 2
         if new == end and not single:
             kept.append(one)
@@ -53,12 +56,10 @@ def fit_warm_up(
         ends[end] = new
         lines.append(
             f"warm-up ({type_name(one)}) of {end} iterations, the training has {iterations}: it "
-            + (f"takes {new}" if new else "is left out")
+            f"takes {new}"
         )
-        if new:
-            kept.append({**one, "by_epoch": False, "convert_to_iter_based": False, "end": new})
-    moved = (_moved(one, ends, iterations, epoch_length) for one in kept)
-    return [one for one in moved if one is not None], lines
+        kept.append({**one, "by_epoch": False, "convert_to_iter_based": False, "end": new})
+    return [_moved(one, ends, iterations, epoch_length) for one in kept], lines
 
 
 def _warms_up(one) -> bool:
@@ -74,10 +75,7 @@ def _warms_up(one) -> bool:
 
 
 def _moved(one, ends: dict[int, int], iterations: int, epoch_length: int):
-    """A scheduler that begins where a warm-up now ends, if it began where it ended before.
-
-    None if nothing is left of it.
-    """
+    """A scheduler that begins where a warm-up now ends, if it began where it ended before."""
     if not isinstance(one, dict) or not one.get("begin"):
         return one
     by_epoch = one.get("by_epoch", True)
@@ -86,9 +84,10 @@ def _moved(one, ends: dict[int, int], iterations: int, epoch_length: int):
     if begin not in ends:
         return one
     new = ends[begin]
+    # mmengine multiplies by the length again, which a float would not survive.
+    converted = by_epoch and one.get("convert_to_iter_based")
+    moved = {**one, "begin": Fraction(new, unit) if converted else new // unit}
     if new >= min(iterations, one.get("end", iterations) * unit):
-        return None
-    if by_epoch and one.get("convert_to_iter_based"):
-        # mmengine multiplies by the length again, which a float would not survive.
-        return {**one, "begin": Fraction(new, epoch_length)}
-    return {**one, "begin": new // unit}
+        # Nothing is left of it here, but a longer training may be resumed from this one.
+        moved["end"] = moved["begin"] + 1
+    return moved
