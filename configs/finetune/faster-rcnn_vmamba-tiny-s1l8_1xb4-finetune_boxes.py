@@ -41,8 +41,16 @@ val_evaluator = dict(ann_file=data_root + "annotations/val.json")
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs)
+# The warm-up is a twentieth of the training, whatever its length.
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=200),
+    dict(
+        type="LinearLR",
+        start_factor=0.001,
+        by_epoch=True,
+        begin=0,
+        end=max_epochs / 20,
+        convert_to_iter_based=True,
+    ),
     dict(
         type="CosineAnnealingLR",
         eta_min=1e-6,

@@ -64,9 +64,11 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 train_cfg = dict(max_iters=max_iters, val_interval=2000)
+# The warm-up is a fortieth of the training, whatever its length.
+warm_up = max_iters // 40
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=500),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=500, end=max_iters),
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=warm_up),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=warm_up, end=max_iters),
 ]
 # The schedule's rate is for 16 images a step, and follows the batch size and the number of GPUs.
 auto_scale_lr = dict(enable=True)

@@ -15,6 +15,7 @@ _base_ = [
 model = dict(head=dict(num_classes=len(classes), cal_acc=True), train_cfg=None)
 data_preprocessor = dict(num_classes=len(classes))
 
+extensions = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="RandomResizedCrop", scale=224, backend="pillow", interpolation="bicubic"),
@@ -29,6 +30,7 @@ train_dataloader = dict(
         data_root=data_root,
         data_prefix="train",
         classes=classes,
+        extensions=extensions,
         pipeline=train_pipeline,
     ),
 )
@@ -40,6 +42,7 @@ val_dataloader = dict(
         data_root=data_root,
         data_prefix="val",
         classes=classes,
+        extensions=extensions,
         pipeline={{_base_.test_pipeline}},
     ),
 )
@@ -55,13 +58,17 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
+# The warm-up is a twentieth of the training, whatever its length.
+warm_up = max_epochs / 20
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=True, end=1, convert_to_iter_based=True),
+    dict(
+        type="LinearLR", start_factor=0.01, by_epoch=True, end=warm_up, convert_to_iter_based=True
+    ),
     dict(
         type="CosineAnnealingLR",
         eta_min=1e-6,
         by_epoch=True,
-        begin=1,
+        begin=warm_up,
         end=max_epochs,
         convert_to_iter_based=True,
     ),

@@ -20,7 +20,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mmvmamba.analysis.passes import AUTOCAST_DTYPES, MEMORY_FORMATS, Case
-from mmvmamba.analysis.subjects import Subject, number_of_parameters, silence, tensors
+from mmvmamba.analysis.subjects import (
+    Subject,
+    image_channels,
+    number_of_parameters,
+    silence,
+    tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def count_activations(
     params = number_of_parameters(model)
     with FakeTensorMode() if fake else nullcontext():
         state = _state_on(model, case, device)
-        shape, dtype = (case.batch, 3, *case.size), _dtype(case)
+        shape, dtype = (case.batch, image_channels(model), *case.size), _dtype(case)
         images = torch.zeros(shape, device=device, dtype=dtype)
         images = images.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
         try:

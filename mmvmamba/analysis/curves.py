@@ -1,6 +1,7 @@
 """Curves of a training: what its logs hold, and the learning rate that its config will give."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import (
     DATASETS,
     OPTIMIZERS,
@@ -19,6 +21,7 @@ from torch import nn
 
 from mmvmamba.engine.data import check_datasets
 from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.schedules import fit_warm_up
 from mmvmamba.engine.tasks import scope_of
 
 LOG_NAME = "scalars.json"
@@ -136,20 +139,19 @@ def scheduled(
             to be counted and is not there.
     """
     init_default_scope(scope_of(cfg))
-    settings = (
-        [cfg.param_scheduler]
-        if isinstance(cfg.param_scheduler, dict)
-        else (cfg.param_scheduler or [])
-    )
+    settings = cfg.get("param_scheduler") or []
+    settings = [settings] if isinstance(settings, dict) else settings
     epochs, total = cfg.train_cfg.get("max_epochs"), cfg.train_cfg.get("max_iters")
     if epochs is None and total is None:
         raise UsageError(f"{cfg.filename}: train_cfg has neither max_epochs nor max_iters.")
-    by_epoch = [one.get("by_epoch", True) for one in settings]
     epoch_length = 0
-    if epochs is not None or any(by_epoch):
+    if epochs is not None or any(one.get("by_epoch", True) for one in settings):
         epoch_length = _iterations_per_epoch(cfg, processes, dataset_size)
         total = total if epochs is None else epochs * epoch_length
         epochs = epochs or math.ceil(total / epoch_length)
+    settings, lines = fit_warm_up(settings, total, epoch_length)
+    for line in lines:
+        print_log(line, "current", logging.WARNING)
     optimizer = OPTIMIZERS.build(
         deepcopy(cfg.optim_wrapper.optimizer) | {"params": [nn.Parameter(torch.zeros(1))]}
     )
@@ -157,10 +159,10 @@ def scheduled(
         group["lr"] *= _lr_scale(cfg, processes)
     schedulers = [
         PARAM_SCHEDULERS.build(
-            {"end": epochs if epoch_wise else total, **one},
+            {"end": epochs if one.get("by_epoch", True) else total, **one},
             default_args={"optimizer": optimizer, "epoch_length": epoch_length},
         )
-        for one, epoch_wise in zip(settings, by_epoch, strict=True)
+        for one in settings
     ]
     values: dict[str, list[float]] = {"lr": [], "momentum": [], "weight_decay": []}
     # PyTorch's own schedulers warn where no step of the optimizer came first.

@@ -46,7 +46,7 @@ def effective_receptive_field(
     Args:
         model: A module from images to one map or several, (B, C, H, W) or as timm's models say
             in `output_fmt`, of which the last is taken; in evaluation mode.
-        images: Images of one size, (3, H, W) each, on the model's device.
+        images: Images of one size, (C, H, W) each, on the model's device.
         progress: Called after each image.
 
     Returns:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mmvmamba_kernels  # noqa: F401 (registers the scans' formulas)
-from mmvmamba.analysis.subjects import PlainModel, build_classifier
+from mmvmamba.analysis.subjects import PlainModel, build_classifier, image_channels
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.registry import MODELS
@@ -235,7 +235,7 @@ def _count(
     """Counts on tensors without values; where a model needs values, on the CPU with zeros."""
 
     def run(model: nn.Module) -> Complexity:
-        images = torch.zeros(1, 3, *shape)
+        images = torch.zeros(1, image_channels(model), *shape)
         return count_model(model.eval(), lambda m: call(m, images), shape)
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,16 +1,23 @@
 """What is looked at: backbones with random or trained weights, and a user's own images."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
+from mmengine.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from mmvmamba.analysis.montage import SUFFIXES
-from mmvmamba.analysis.subjects import PEERS, find_subject
+from mmvmamba.analysis.pictures import build_loader, test_steps
+from mmvmamba.analysis.subjects import PEERS, find_subject, image_channels, is_config
+from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly
 from mmvmamba.models import VMamba
@@ -20,6 +27,9 @@ from mmvmamba.models.checkpoint import (
     read_checkpoint,
     split_pretrained,
 )
+
+# Of the files that count as pictures in a folder: what OpenCV and Pillow read.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Of ImageNet's colours, from 0 to 1: what the configs of all three tasks and timm's models take.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,6 +118,8 @@ def _timm_backbone(name: str, size: tuple[int, int], state: dict, source: str) -
 def find_images(paths: Sequence[str | Path], limit: int | None = None) -> list[Path]:
     """The picture files that paths name, folders searched with their sub-folders.
 
+    Other files of folders are left out, and counted in the log.
+
     Args:
         paths: Files and folders.
         limit: How many are wanted at most.
@@ -116,31 +128,74 @@ def find_images(paths: Sequence[str | Path], limit: int | None = None) -> list[P
         UsageError: If a path does not exist or there is no picture.
     """
     found: list[Path] = []
+    others: Counter[str] = Counter()
     for path in map(Path, paths):
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            found += [p for p in files if p.suffix.lower() in SUFFIXES]
+            others.update(p.suffix or p.name for p in files if p.suffix.lower() not in SUFFIXES)
         elif path.is_file():
             found.append(path)
         else:
             raise UsageError(f"no image or folder {path} (working directory: {Path.cwd()}).")
     if not found:
-        raise UsageError(f"no picture ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}.")
+        there = f"; there are {_counted(others)}" if others else ""
+        raise UsageError(
+            f"no picture ({', '.join(SUFFIXES)}) in {', '.join(map(str, paths))}{there}."
+        )
+    if others:
+        print_log(
+            f"left out, as no pictures ({', '.join(SUFFIXES)}): {_counted(others)}",
+            logger="current",
+            level=logging.WARNING,
+        )
     return found[:limit]
 
 
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
+def image_reader(
+    model: nn.Module,
+    name: str,
+    size: tuple[int, int],
+    overrides: Mapping[str, object] | None = None,
+) -> Callable[[Path], Tensor]:
+    """What reads pictures as a model takes them, see `read_image`.
+
+    Args:
+        model: The model.
+        name: What `build_backbone` made it from.
+        size: Height and width in pixels.
+        overrides: Settings that replace those of a config.
+    """
+    channels = image_channels(model)
+    # Photographs are read in one way for all models.
+    cfg = load_config(name, overrides) if channels != 3 and is_config(name) else None
+    return lambda path: read_image(path, size, channels, cfg)
+
+
+def _counted(suffixes: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
+
+
+def read_image(
+    path: Path, size: tuple[int, int], channels: int = 3, cfg: Config | None = None
+) -> Tensor:
     """Reads a picture, scaled to fill a size and cut to it around the centre.
 
     Args:
         path: The file.
         size: Height and width in pixels.
+        channels: Of the model's images. Three are a photograph's, in ImageNet's colours.
+        cfg: The model's config, which says how images of other channels are loaded and
+            normalised. Without one, each channel is brought to mean 0 and variance 1.
 
     Returns:
-        (3, H, W), normalised as the models take it.
+        (channels, H, W), normalised as the models take it.
 
     Raises:
-        UsageError: If it is no picture.
+        UsageError: If it is no picture, or one of other channels.
     """
+    if channels != 3:
+        return _read_bands(path, size, channels, cfg)
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
@@ -159,8 +214,49 @@ def read_image(path: Path, size: tuple[int, int]) -> Tensor:
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
+def _read_bands(path: Path, size: tuple[int, int], channels: int, cfg: Config | None) -> Tensor:
+    steps = test_steps(cfg) if cfg else []
+    backend = "tifffile" if path.suffix.lower() in (".tif", ".tiff") else None
+    color = "grayscale" if channels == 1 else "unchanged"
+    plain = {"type": "LoadImageFromFile", "color_type": color, "imdecode_backend": backend}
+    loader = build_loader(cfg, steps) or TRANSFORMS.build(plain)
+    try:
+        pixels = loader({"img_path": str(path)})["img"]
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        # OpenCV gives nothing for what is no picture, and its reader fails on that.
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if pixels.shape[2] != channels:
+        raise UsageError(
+            f"{path} has {pixels.shape[2]} channels as it is loaded, the model takes {channels}: "
+            "see LoadImageFromFile in the config's pipelines (color_type, imdecode_backend)."
+        )
+    image = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).permute(2, 0, 1)
+    height, width = size
+    scale = max(height / image.shape[1], width / image.shape[2])
+    enlarged = [
+        max(round(n * scale), least) for n, least in zip(image.shape[1:], size, strict=True)
+    ]
+    image = F.interpolate(image[None], enlarged, mode="bicubic", antialias=True)[0]
+    top, left = ((n - least) // 2 for n, least in zip(enlarged, size, strict=True))
+    image = image[:, top : top + height, left : left + width]
+    settings = (cfg and (cfg.model.get("data_preprocessor") or cfg.get("data_preprocessor"))) or {}
+    if settings.get("mean") and settings.get("std"):
+        mean, std = (torch.tensor(settings[key], dtype=torch.float32) for key in ("mean", "std"))
+    else:
+        mean, std = image.mean((1, 2)), image.std((1, 2)).clamp_min(1e-6)
+    return (image - mean[:, None, None]) / std[:, None, None]
+
+
 def shown(image: Tensor) -> np.ndarray:
-    """A normalised image (3, H, W) as matplotlib draws it, (H, W, 3) from 0 to 1."""
+    """A normalised image (C, H, W) as matplotlib draws it, (H, W, 3) from 0 to 1.
+
+    Of other than three channels, the first three, or the first as gray, from dark to bright.
+    """
+    if image.shape[0] != 3:
+        bands = image.cpu()[: 3 if image.shape[0] > 3 else 1]
+        bands = (bands - bands.min()) / (bands.max() - bands.min()).clamp_min(1e-6)
+        return bands.expand(3, -1, -1).permute(1, 2, 0).numpy()
     pixels = image.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     return pixels.clamp(0, 1).permute(1, 2, 0).numpy()
 

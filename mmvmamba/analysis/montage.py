@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
-
 
 def draw_montage(
     pictures: Sequence[str | os.PathLike],

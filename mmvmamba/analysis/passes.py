@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvmamba.analysis.subjects import Ranked, random_images, tensors
+from mmvmamba.analysis.subjects import Ranked, image_channels, random_images, tensors
 from mmvmamba.models import VMamba
 from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
@@ -106,7 +106,7 @@ class Step:
     def __init__(self, model: nn.Module, case: Case, device: torch.device, classifies: bool):
         self.model, self.case, self.device, self.classifies = model, case, device, classifies
         self.parameters = list(model.parameters())
-        self.images = random_images(case.batch, case.size, device)
+        self.images = random_images(case.batch, case.size, device, image_channels(model))
         self.images = self.images.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
         self.scale = LOSS_SCALE if case.precision == "autocast-fp16" else 1.0
         self.labels: Tensor | None = None

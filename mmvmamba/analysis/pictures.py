@@ -5,7 +5,7 @@ or a user's own, and the drawn images are returned.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, TRANSFORMS, VISUALIZERS, init_default_scope
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from torch import nn
@@ -24,8 +24,11 @@ from torch import nn
 from mmvmamba.engine.data import check_datasets
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly, model_weights
-from mmvmamba.engine.tasks import innermost_dataset, scope_of
+from mmvmamba.engine.tasks import first_dataset, scope_of, type_name
 from mmvmamba.models.checkpoint import read_checkpoint
+
+# How far beyond 0 and 255 augmentations take the numbers of a photograph.
+AUGMENTED = 255
 
 TRUTHS = ("gt_instances", "gt_sem_seg", "gt_panoptic_seg", "gt_label")
 
@@ -84,12 +87,14 @@ def predict_and_draw(
     else:
         meta = dataset.metainfo
     visualizer = build_visualizer(cfg, meta)
+    steps = test_steps(cfg)
+    loader, rgb = build_loader(cfg, steps), _loads_rgb(steps)
     for item in _items(cfg, dataset, images, limit):
         with torch.no_grad():
             [sample] = model.test_step(pseudo_collate([item]))
         sample = sample.to("cpu")
         path = Path(sample.img_path)
-        image = mmcv.imread(path, channel_order="rgb")
+        image = _read_picture(path, loader, rgb)
         yield Pair(
             path,
             image,
@@ -121,12 +126,68 @@ def training_samples(
     check_datasets(cfg, ("train",))
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     visualizer = build_visualizer(cfg, dataset.metainfo)
+    rgb = _loads_rgb(first_dataset(cfg.train_dataloader).get("pipeline", ()))
     for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
         item = dataset[index]
         sample = item["data_samples"]
-        # Pipelines load BGR, and models turn it round.
-        image = np.ascontiguousarray(item["inputs"].numpy()[::-1].transpose(1, 2, 0))
+        image = as_picture(item["inputs"].numpy().transpose(1, 2, 0), rgb)
         yield Path(sample.img_path), image, draw_truth(visualizer, image, sample)
+
+
+def test_steps(cfg: Config) -> list[dict]:
+    """The steps of a config's test pipeline; none if it has no test data."""
+    loader = cfg.get("test_dataloader")
+    return list(first_dataset(loader).get("pipeline", ())) if loader else []
+
+
+def build_loader(cfg: Config, steps: Sequence[dict]) -> Callable[[dict], dict] | None:
+    """The step that reads image files, or None if there is none."""
+    for step in steps:
+        if type_name(step) == "LoadImageFromFile":
+            init_default_scope(scope_of(cfg))
+            return TRANSFORMS.build(step)
+    return None
+
+
+def _loads_rgb(steps: Sequence[dict]) -> bool:
+    """Whether a pipeline's images have the file's order of channels, and not OpenCV's."""
+    return any(step.get("imdecode_backend") == "tifffile" for step in steps)
+
+
+def _read_picture(path: Path, loader: Callable[[dict], dict] | None, rgb: bool) -> np.ndarray:
+    if loader is None:
+        return mmcv.imread(path, channel_order="rgb")
+    return as_picture(loader({"img_path": str(path)})["img"], rgb)
+
+
+def as_picture(image: np.ndarray, rgb: bool = False) -> np.ndarray:
+    """Makes a picture of what a pipeline loads, of any type and number of channels.
+
+    Args:
+        image: (H, W) or (H, W, C). Of other than three channels, the first three are drawn, or the
+            first as gray.
+        rgb: Whether three channels are RGB, and not BGR as OpenCV loads them.
+
+    Returns:
+        (H, W, 3), uint8, RGB. Numbers that are not from 0 to 255, nor from 0 to 1, go from black,
+        the smallest, to white.
+    """
+    image = image.reshape(*image.shape[:2], -1)
+    if image.shape[2] < 3:
+        image = image[..., :1].repeat(3, axis=2)
+    elif image.shape[2] > 3:
+        image = image[..., :3]
+    elif not rgb:
+        image = image[..., ::-1]
+    if image.dtype != np.uint8:
+        image = image.astype(np.float32)
+        low, high = float(image.min()), float(image.max())
+        if low >= 0 and high <= 1:
+            image = image * 255
+        elif low < -AUGMENTED or high > 255 + AUGMENTED:
+            image = (image - low) * (255 / (high - low))
+        image = image.round().clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
 
 
 def build_visualizer(cfg: Config, dataset_meta: dict) -> Visualizer:
@@ -201,7 +262,8 @@ def _test_dataset(cfg: Config, required: bool) -> BaseDataset | None:
 
 def _class_metainfo(cfg: Config) -> dict:
     """What the data set's class says of it, without the data."""
-    return DATASETS.get(innermost_dataset(cfg.test_dataloader.dataset).type).METAINFO
+    kind = first_dataset(cfg.test_dataloader).type
+    return (DATASETS.get(kind) if isinstance(kind, str) else kind).METAINFO
 
 
 def _items(
@@ -214,8 +276,7 @@ def _items(
         return
     size = 0 if dataset is None else len(dataset)
     known = {Path(dataset.get_data_info(i)["img_path"]).resolve(): i for i in range(size)}
-    steps = innermost_dataset(cfg.test_dataloader.dataset).pipeline
-    plain = Compose([step for step in steps if "Annotations" not in step["type"]])
+    plain = Compose([step for step in test_steps(cfg) if "Annotations" not in type_name(step)])
     for number, path in enumerate(images[:limit]):
         index = known.get(path.resolve())
         if index is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from mmvmamba.analysis.flops import count_config
 from mmvmamba.analysis.passes import Case, PrecisionName
@@ -22,7 +22,7 @@ from mmvmamba.analysis.throughput import measure_case
 from mmvmamba.engine import cli
 from mmvmamba.engine.data import datasets_of
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.tasks import scope_of
+from mmvmamba.engine.tasks import scope_of, type_name
 from mmvmamba.models import VMamba
 from mmvmamba.models.checkpoint import CheckpointError
 
@@ -155,8 +155,7 @@ def _write_results(study: Study, results: dict[int, dict[str, dict]]) -> None:
 
 def measure_cost(study: Study, size: int) -> dict:
     """Parameters, FLOPs and throughput at a size."""
-    cfg = cli.load_config(study.config)
-    cfg.merge_from_dict(dict(study.cfg_options))
+    cfg = cli.load_config(study.config, study.cfg_options)
     counted = count_config(cfg, (size, size))
     subject = find_subject(study.config, overrides=study.cfg_options)
     found: dict = {"params": counted.params, "flops": counted.flops, "failure": ""}
@@ -231,7 +230,7 @@ def set_image_size(cfg: Config, size: int) -> None:
         UsageError: If the test images are not cut.
     """
     for _, dataset in datasets_of(cfg, ("test",)):
-        steps = {str(step.type).rpartition(".")[2]: step for step in dataset.pipeline}
+        steps = {type_name(step): step for step in dataset.pipeline}
         crop, edge = steps.get("CenterCrop"), steps.get("ResizeEdge")
         if crop is None or not isinstance(crop.crop_size, int):
             raise UsageError(
@@ -269,16 +268,12 @@ def _run(cfg: Config):
 
 
 def _check_tunable(cfg: Config) -> None:
-    kinds = (_kind(cfg.model.get("backbone")), _kind(cfg.model.get("head")))
+    kinds = (type_name(cfg.model.get("backbone")), type_name(cfg.model.get("head")))
     if kinds != ("VMamba", "VMambaClsHead"):
         raise UsageError(
             "linear tuning is of VMamba with VMambaClsHead; the config has "
             f"{' and '.join(map(str, kinds))}: measure it without tuning."
         )
-
-
-def _kind(cfg: ConfigDict | None) -> str:
-    return str((cfg or {}).get("type")).rpartition(".")[2]
 
 
 def _arch(cfg: Config):

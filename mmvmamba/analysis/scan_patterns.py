@@ -14,6 +14,7 @@ from mmvmamba.analysis.subjects import find_subject
 from mmvmamba.analysis.throughput import ROUNDS, Result, measure_case
 from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.tasks import type_name
 from mmvmamba.models import VMamba
 from mmvmamba.models.ss2d import SCANS, ScanName
 from mmvmamba_kernels.patterns import PATTERNS, Path
@@ -189,8 +190,8 @@ def compare_patterns(
         paths_of(scan)
         overrides = {"model.backbone.scan": scan, "model.backbone.dwconv": dwconv}
         cfg = load_config(config)
-        kind = cfg.model.get("backbone", {}).get("type", "nothing")
-        if str(kind).rpartition(".")[2] != VMamba.__name__:
+        kind = type_name(cfg.model.get("backbone")) or "nothing"
+        if kind != VMamba.__name__:
             raise UsageError(f"{config}: its backbone is {kind}, and scan patterns are VMamba's.")
         cfg.merge_from_dict(overrides)
         costs.append(count_config(cfg, inference.size))

@@ -1,6 +1,6 @@
 """The models that are measured: VMamba by name, its peers, and any config's model.
 
-All of them are built with random weights, and become modules from images (B, 3, H, W) to tensors.
+All of them are built with random weights, and become modules from images (B, C, H, W) to tensors.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mmvmamba.engine.cli import load_config
+from mmvmamba.engine.cli import load_config, tell_notices
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.models import VMamba
@@ -93,9 +93,9 @@ def find_subject(
             and mmseg.
         ValueError: If there is no such model; the message has the nearest names.
     """
-    if name.endswith(".py") or "::" in name:
-        cfg = load_config(name)
-        cfg.merge_from_dict(dict(overrides or {}))
+    if is_config(name):
+        cfg = load_config(name, overrides)
+        tell_notices(cfg)
         return _config_subject(Path(name.rpartition("::")[2]).stem, cfg, backbone_only)
     _check_name(name)
     return Subject(
@@ -103,6 +103,11 @@ def find_subject(
         lambda size: _build_by_name(name, size, backbone_only),
         classifies=not backbone_only,
     )
+
+
+def is_config(name: str) -> bool:
+    """Whether a model is named by a config ('file.py' or 'package::folder/file.py')."""
+    return name.endswith(".py") or "::" in name
 
 
 def build_classifier(name: str, size: tuple[int, int] | None = None) -> nn.Module:
@@ -282,7 +287,17 @@ def number_of_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def random_images(batch: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Images of unit variance, (B, 3, H, W), the same in every call."""
+def image_channels(model: nn.Module) -> int:
+    """Channels of the images that a model takes: those of its backbone's first convolution."""
+    named = model.named_modules()
+    backbone = next((part for name, part in named if f".{name}".endswith(".backbone")), model)
+    convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    return next((convolution.in_channels for convolution in convolutions), 3)
+
+
+def random_images(
+    batch: int, size: tuple[int, int], device: torch.device, channels: int = 3
+) -> Tensor:
+    """Images of unit variance, (B, C, H, W), the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 3, *size, generator=generator).to(device)
+    return torch.randn(batch, channels, *size, generator=generator).to(device)

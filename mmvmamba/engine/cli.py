@@ -3,15 +3,16 @@
 import argparse
 import difflib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mmengine
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.logging import MMLogger
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -19,18 +20,21 @@ import mmvmamba
 from mmvmamba.compat import StackError
 from mmvmamba.engine.data import check_datasets, find_data, set_data_root
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.optim import AmpOptimWrapper
+from mmvmamba.engine.optim import AmpOptimWrapper, rate_notice
 from mmvmamba.engine.processes import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
 from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.engine.runner import StrictRunner
+from mmvmamba.engine.settings import SettingsAction, read_config
 from mmvmamba.engine.tasks import (
     add_prediction_dump,
     enable_drawing,
     enable_tta,
     scope_of,
     set_loader_defaults,
+    type_name,
 )
 from mmvmamba.models.checkpoint import CheckpointError
+from mmvmamba.models.vmamba import ArgumentError
 
 CONFIG_HELP = "a config file, or a name such as mmvmamba::mask_rcnn/CONFIG.py"
 NOTICES = "notices"
@@ -43,19 +47,28 @@ def project_folder() -> Path:
     return checkout if (checkout / "configs").is_dir() else package / ".mim"
 
 
-def load_config(name: str) -> Config:
+def load_config(name: str, overrides: Mapping[str, object] | None = None) -> Config:
     """Loads a config.
 
     Args:
         name: A path, relative to the working directory or to the project's folder, or
             'package::folder/file.py'.
+        overrides: Settings that replace the config's, by key; see `read_config`.
 
     Returns:
-        The config.
+        The config, with what `tell_notices` tells.
 
     Raises:
-        UsageError: If there is no such config, with the nearest names that exist.
+        UsageError: If there is no such config, with the nearest names that exist, or an override
+            does not fit it.
     """
+    cfg, notices = read_config(lambda: _load(name), overrides or {})
+    for notice in notices:
+        _add_notice(cfg, notice)
+    return cfg
+
+
+def _load(name: str) -> Config:
     if "::" in name:
         try:
             return get_config(name)
@@ -138,7 +151,7 @@ def add_cfg_options(
     parser.add_argument(
         name,
         nargs="+",
-        action=DictAction,
+        action=SettingsAction,
         default={},
         metavar="KEY=VALUE",
         help=f'override settings of {what}; lists as key="[a,b]", without spaces',
@@ -173,6 +186,9 @@ def train_config(options: argparse.Namespace) -> Config:
     cfg = _common_config(options)
     if options.amp:
         _enable_amp(cfg)
+    notice = rate_notice(cfg)
+    if notice:
+        _add_notice(cfg, notice)
     if options.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UsageError(
@@ -190,9 +206,8 @@ def train_config(options: argparse.Namespace) -> Config:
 
 
 def _enable_amp(cfg: Config) -> None:
-    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
-    wrapper = getattr(wrapper, "__name__", wrapper)
-    if wrapper.removeprefix("mmvmamba.") not in ("OptimWrapper", "AmpOptimWrapper"):
+    wrapper = type_name(cfg.optim_wrapper) or "OptimWrapper"
+    if wrapper not in ("OptimWrapper", "AmpOptimWrapper"):
         raise UsageError(f"--amp works with OptimWrapper; the config has {wrapper}.")
     dtype = cfg.optim_wrapper.get("dtype", "float16")
     if isinstance(dtype, str) and dtype not in AmpOptimWrapper.valid_dtypes:
@@ -226,12 +241,18 @@ def test_config(options: argparse.Namespace) -> Config:
     """
     cfg = _common_config(options)
     cfg.load_from = options.checkpoint
-    if "load_ignore" not in options.cfg_options:
-        # The config's own says where its training may differ from the weights that it began with.
-        cfg.pop("load_ignore", None)
+    for key in ("load_ignore", "load_in_channels"):
+        if key not in options.cfg_options:
+            # The config's own is of how its training may differ from the weights it began with.
+            cfg.pop(key, None)
     if options.show or options.show_dir:
         enable_drawing(cfg, options.show_dir, options.show, options.wait_time)
     if options.tta:
+        if scope_of(cfg) == "mmpretrain" and (options.show or options.show_dir):
+            raise UsageError(
+                "--tta with --show or --show-dir: mmpretrain draws what goes into the model, which "
+                "is several images for one with --tta. Draw without it."
+            )
         enable_tta(cfg)
     if options.out:
         add_prediction_dump(cfg, options.out)
@@ -257,11 +278,10 @@ def load_config_and_data(
     Raises:
         UsageError: If there is no such config, or it does not say its task.
     """
-    cfg = load_config(name)
-    scope_of(cfg)
     overrides = dict(overrides or {})
     data_root = overrides.pop("data_root", data_root)
-    cfg.merge_from_dict(overrides)
+    cfg = load_config(name, overrides)
+    scope_of(cfg)
     if data_root:
         set_data_root(cfg, data_root)
     else:
@@ -287,6 +307,16 @@ def _add_notice(cfg: Config, text: str) -> None:
     cfg[NOTICES] = [*cfg.get(NOTICES, []), text]
 
 
+def tell_notices(cfg: Config) -> None:
+    """Logs what is to be told of a config, once."""
+    _log(cfg.pop(NOTICES, []))
+
+
+def _log(notices: list[str]) -> None:
+    for notice in notices:
+        print_log(notice, "current", logging.WARNING)
+
+
 def _check_weights(cfg: Config) -> None:
     """Refuses early, before data and models are made, what could only fail later."""
     source = cfg.get("load_from")
@@ -300,15 +330,15 @@ def _check_weights(cfg: Config) -> None:
 def build_runner(cfg: Config) -> Runner:
     """Builds the config's runner: `StrictRunner`, unless it names another in `runner_type`."""
     notices = cfg.pop(NOTICES, [])
-    if cfg.get("runner_type"):
-        # A runner of another make knows nothing of machines without GPUs.
-        prepare_launch(cfg.launcher)
-        runner = RUNNERS.build(cfg)
-    else:
-        runner = StrictRunner.from_cfg(cfg)
-    for notice in notices:
-        runner.logger.warning(notice)
-    return runner
+    try:
+        if cfg.get("runner_type"):
+            # A runner of another make knows nothing of machines without GPUs.
+            prepare_launch(cfg.launcher)
+            return RUNNERS.build(cfg)
+        return StrictRunner.from_cfg(cfg)
+    finally:
+        # What fails may be what they tell of; before, there was no log file.
+        _log(notices)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -339,7 +369,7 @@ def run_command(command: Callable[[], None], quiet: bool = False) -> None:
     try:
         command()
         finish_launch()
-    except (UsageError, CheckpointError, StackError) as error:
+    except (ArgumentError, UsageError, CheckpointError, StackError) as error:
         if os.environ.get("RANK", "0") != "0":
             # The first process says it for all: where they share the fault, the launcher ends
             # the others in this time.

@@ -8,7 +8,8 @@ are: `build_dataloader` looks at the files before and at the data sets after.
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -24,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mmvmamba.engine.coco_file import Listed, read_coco
-from mmvmamba.engine.data import unwrap
+from mmvmamba.engine.data import dataset_paths, unwrap
 from mmvmamba.engine.errors import DataError
 
 # Before its version 5, OpenCV makes up what a JPEG lacks, in gray.
@@ -73,6 +74,12 @@ def build_dataloader(
                 "nothing is left of it. Check the paths, the suffixes of the files, the classes' "
                 "names and filter_cfg."
             )
+        if "nothing is left" in reason or "Found 0 files" in reason:
+            roots = [Path(one.get("data_root") or ".") for one in files.values()]
+            folders = [*roots, *(path for one in files.values() for path in dataset_paths(one))]
+            outer = {parent for path in folders for parent in path.parents}
+            found = _suffixes({path for path in folders if path.is_dir()} - outer)
+            reason = f"{reason.rstrip('.')}. In its folders are: {_listed(found) or 'no files'}."
         names = [str(path or one.get("data_root")) for path, one in files.items()]
         raise DataError(f"no data loader for {', '.join(names)}: {reason}") from error
     for dataset in base_datasets(loader.dataset):
@@ -114,7 +121,8 @@ def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
     else:
         text += f"{used} images"
         if not dataset.ann_file and not getattr(dataset, "backend_args", None):
-            left_out = {"other files in their folders": _other_files(dataset)}
+            count, named = _other_files(dataset)
+            left_out = {f"other files in their folders{named}": count}
     text += " are used"
     left_out = [f"{count} {what}" for what, count in left_out.items() if count > 0]
     if left_out:
@@ -122,14 +130,35 @@ def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
     print_log(text, logger="current", level=logging.WARNING if left_out else logging.INFO)
 
 
-def _other_files(dataset: BaseDataset) -> int:
-    """How many files there are beyond one per image, in the folders of a data set without a list.
+def _other_files(dataset: BaseDataset) -> tuple[int, str]:
+    """The files beyond one per image, in the folders of a data set without a list.
 
     The data set itself has walked through them.
+
+    Returns:
+        How many there are, and those with a suffix that the data set does not take, for a message.
     """
     folders = {Path(prefix).resolve() for prefix in dataset.data_prefix.values() if prefix}
-    found = [sum(len(files) for _, _, files in os.walk(folder)) for folder in folders]
-    return sum(max(0, count - len(dataset)) for count in found)
+    found = [_suffixes([folder]) for folder in folders]
+    taken = getattr(dataset, "extensions", ()) or (
+        f".{str(getattr(dataset, key, '')).rpartition('.')[2]}"
+        for key in ("img_suffix", "seg_map_suffix")
+    )
+    others = sum(found, Counter())
+    for suffix in taken:
+        others.pop(suffix, None)
+    count = sum(max(0, of_folder.total() - len(dataset)) for of_folder in found)
+    return count, f" ({_listed(others)})" if others else ""
+
+
+def _suffixes(folders: Iterable[Path]) -> Counter[str]:
+    """How many files of each suffix are below folders."""
+    names = (name for folder in folders for _, _, files in os.walk(folder) for name in files)
+    return Counter(os.path.splitext(name)[1].lower() or name for name in names)
+
+
+def _listed(suffixes: Counter[str]) -> str:
+    return ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(8))
 
 
 def _local_configs(config: dict) -> Iterator[dict]:

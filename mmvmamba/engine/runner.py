@@ -10,6 +10,7 @@ from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook as UpstreamCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import _ParamScheduler
 from mmengine.registry import HOOKS, LOOPS, Registry
 from mmengine.runner import EpochBasedTrainLoop as UpstreamEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
@@ -24,12 +25,16 @@ from mmvmamba.engine.invalid_loss_hook import StopOnInvalidLoss
 from mmvmamba.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmvmamba.engine.processes import prepare_launch
 from mmvmamba.engine.resume import check_resumable, newest_checkpoint
+from mmvmamba.engine.schedules import fit_warm_up
 from mmvmamba.engine.seeds import build_train_dataloader
 from mmvmamba.engine.wrappers import unwrapped
 from mmvmamba.models.checkpoint import (
+    Channels,
     CheckpointError,
+    channels_hint,
     classifier_from_official,
     find_state_dict,
+    fit_stems,
     fits,
     is_official_classifier,
     read_checkpoint,
@@ -45,7 +50,8 @@ class StrictRunner(Runner):
 
     `load_from`, `--resume` and the checkpoint of a test must fit the model key by key. Fine-tuning
     with other heads says which parts may differ: `load_ignore` in the config is a list of prefixes
-    of keys that keep the model's own values, e.g. `load_ignore=['roi_head.bbox_head.fc_cls']`.
+    of keys that keep the model's own values, e.g. `load_ignore=['roi_head.bbox_head.fc_cls']`, and
+    `load_in_channels` how a model of other images takes the weights of photographs.
 
     A training that is resumed ends with the weights that it would have had without the
     interruption, on the CPU bit for bit: see `mmvmamba.engine.seeds` and `mmvmamba.engine.loops`,
@@ -153,6 +159,23 @@ class StrictRunner(Runner):
                 loop["type"], start, by_epoch = IterBasedTrainLoop, meta.get("iter", 0), False
             self._train_dataloader = build_train_dataloader(loader, self.seed, start, by_epoch)
         return super().build_train_loop(loop)
+
+    def build_param_scheduler(self, scheduler: _ParamScheduler | dict | list) -> list | dict:
+        """Builds the schedulers, whose warm-up fits the training: see `fit_warm_up`."""
+        if isinstance(scheduler, dict) and "type" not in scheduler:
+            # Of several optimizers.
+            fitted = {name: self._fit_warm_up(one) for name, one in scheduler.items()}
+        else:
+            fitted = self._fit_warm_up(scheduler)
+        return super().build_param_scheduler(fitted)
+
+    def _fit_warm_up(self, scheduler: _ParamScheduler | dict | list) -> list:
+        if isinstance(scheduler, _ParamScheduler) or not isinstance(self._train_loop, BaseLoop):
+            return scheduler
+        fitted, lines = fit_warm_up(scheduler, self.max_iters, len(self.train_dataloader))
+        for line in lines:
+            self.logger.warning(line)
+        return fitted
 
     def resume(self, filename: str, *args, **kwargs) -> None:
         """Puts model, optimizer, schedulers and counters where a checkpoint left them."""
@@ -295,8 +318,10 @@ class StrictRunner(Runner):
             checkpoint["meta"].pop("config", None)
         checkpoint["state_dict"] = model_weights(checkpoint, filename)
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        ignore = () if self._resume else self.cfg.get("load_ignore") or ()
-        loaded = load_strictly(self.model, checkpoint["state_dict"], filename, ignore)
+        begins = not self._resume
+        ignore = (self.cfg.get("load_ignore") if begins else None) or ()
+        channels = self.cfg.get("load_in_channels") if begins else None
+        loaded = load_strictly(self.model, checkpoint["state_dict"], filename, ignore, channels)
         self._has_loaded = True
         self.logger.info(f"{loaded} tensors loaded from {filename}")
         return checkpoint
@@ -321,7 +346,8 @@ class StrictRunner(Runner):
             state = model_weights(read_checkpoint(cfg["checkpoint"]), cfg["checkpoint"])
             prefix = f"{cfg['prefix'].rstrip('.')}." if cfg.get("prefix") else ""
             state = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            load_strictly(model, state, cfg["checkpoint"], self.cfg.get("load_ignore") or ())
+            ignore, channels = self.cfg.get("load_ignore") or (), cfg.get("in_channels")
+            load_strictly(model, state, cfg["checkpoint"], ignore, channels)
 
 
 def _registered(registry: Registry, config: dict) -> type | None:
@@ -337,7 +363,11 @@ def model_weights(checkpoint: dict, source: str) -> dict[str, Tensor]:
 
 
 def load_strictly(
-    model: nn.Module, state: dict[str, Tensor], source: str, ignore: str | Sequence[str] = ()
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    ignore: str | Sequence[str] = (),
+    in_channels: Channels | None = None,
 ) -> int:
     """Copies a state dict into a model that must have the same keys and shapes.
 
@@ -346,6 +376,8 @@ def load_strictly(
         state: The weights.
         source: Where they come from, for messages.
         ignore: Prefixes of keys that are left alone, in the model and in the file.
+        in_channels: How a stem for images of other channels is taken, see `fit_channels`; None
+            refuses it.
 
     Returns:
         The number of tensors copied.
@@ -366,6 +398,7 @@ def load_strictly(
     prefixes = tuple(ignore)
     expected = {key: value for key, value in expected.items() if not key.startswith(prefixes)}
     state = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    state = fit_stems(state, expected, in_channels)
     mismatches = {
         # Files written before batch norm counted its batches have no counter.
         "missing in the file": [
@@ -390,7 +423,8 @@ def load_strictly(
             f"{source} does not fit the model; nothing is trained or tested with it:\n"
             + "\n".join(faults)
             + "\nCheck that the config is the one the file belongs to. To fine-tune with other "
-            "heads, name what may differ, e.g. --cfg-options \"load_ignore=['roi_head']\""
+            "heads, name what may differ, e.g. --cfg-options \"load_ignore=['roi_head']\"."
+            + channels_hint(state, expected, "load_in_channels (in init_cfg: in_channels)")
         )
     model.load_state_dict(state, strict=False)
     return len(state)

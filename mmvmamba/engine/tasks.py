@@ -4,24 +4,41 @@ A config's `default_scope` says which it is. Each function changes a config in p
 task's upstream package expects it.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
 
+from mmvmamba.engine.data import unwrap
 from mmvmamba.engine.errors import UsageError
 
 FLIPS = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
 
 
+def type_name(settings: Mapping | None) -> str:
+    """The class that settings are of, without its scope; '' if they do not say.
+
+    The types of new-style configs are classes, those of others are names.
+    """
+    kind = (settings or {}).get("type") or ""
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+
+
 def scope_of(cfg: Config) -> str:
     """The package whose models and data sets a config uses.
 
+    New-style configs need not say, where their model's class does.
+
     Raises:
-        UsageError: If the config does not say.
+        UsageError: If neither does.
     """
     scope = cfg.get("default_scope")
+    kind = (cfg.get("model") or {}).get("type")
+    if not scope and isinstance(kind, type):
+        # What is added on the command line is named, and looked up in it.
+        scope = cfg.default_scope = kind.__module__.partition(".")[0]
     if not scope:
         raise UsageError(
             f"{cfg.filename} has no default_scope, so it is not known whether it is detection, "
@@ -66,7 +83,6 @@ def enable_tta(cfg: Config) -> None:
             "add: --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox "
             "\"load_ignore=['roi_head.mask_head']\""
         )
-    dataset = innermost_dataset(cfg.test_dataloader.dataset)
     if "tta_model" not in cfg:
         if scope == "mmdet":
             nms = {"type": "nms", "iou_threshold": 0.5}
@@ -74,7 +90,7 @@ def enable_tta(cfg: Config) -> None:
         elif scope == "mmpretrain":
             cfg.tta_model = {"type": "AverageClsScoreTTA"}
     if "tta_pipeline" not in cfg and scope in ("mmdet", "mmpretrain"):
-        *steps, pack = deepcopy(dataset.pipeline)
+        *steps, pack = deepcopy(first_dataset(cfg.test_dataloader).pipeline)
         if scope == "mmdet":
             keys = pack.get("meta_keys", ("img_id", "img_path", "ori_shape", "img_shape"))
             needed = ("scale_factor", "flip", "flip_direction")
@@ -87,14 +103,13 @@ def enable_tta(cfg: Config) -> None:
             "mmseg::_base_/default_runtime.py and a data set config that has a tta_pipeline."
         )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
+    for dataset in unwrap(cfg.test_dataloader.dataset):
+        dataset.pipeline = cfg.tta_pipeline
 
 
-def innermost_dataset(dataset: ConfigDict) -> ConfigDict:
-    """The config of the data set inside wrappers (RepeatDataset, ...)."""
-    while "dataset" in dataset:
-        dataset = dataset.dataset
-    return dataset
+def first_dataset(loader: ConfigDict) -> ConfigDict:
+    """The config of a loader's data set inside wrappers (RepeatDataset, ConcatDataset, ...)."""
+    return next(unwrap(loader.dataset))
 
 
 def enable_drawing(cfg: Config, show_dir: str | None, show: bool, wait_time: float) -> None:

@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlparse
 
 import torch
@@ -44,6 +44,12 @@ DAMAGE = (
     *(ImportError, AssertionError, MemoryError, OverflowError),
     *(struct.error, zlib.error, zipfile.BadZipFile),
 )
+
+
+# The stem's first convolution, the one weight whose shape follows the images' channels.
+STEM = "patch_embed.0.weight"
+
+Channels = Literal["repeat", "mean", "zeros"]
 
 
 class CheckpointError(RuntimeError):
@@ -373,7 +379,74 @@ def convert(
     return Conversion(str(source), entry, names, converted)
 
 
-def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = None) -> LoadReport:
+def fit_channels(weight: Tensor, channels: int, how: Channels) -> Tensor:
+    """Makes the stem's first weight one for images of other channels.
+
+    Args:
+        weight: (C, channels of the file, k, k).
+        channels: Of the model's images.
+        how: 'repeat' takes the file's channels in turn (for fewer than it has, their mean), 'mean'
+            their mean for each; both times the file's channels over the model's, which keeps the
+            size of the output. 'zeros' takes the file's as they are, and zero for those behind.
+
+    Raises:
+        CheckpointError: If there is no such way, or fewer channels are to be filled up with zeros.
+    """
+    found = weight.shape[1]
+    if how not in get_args(Channels):
+        raise CheckpointError(f"in_channels={how!r}: choose from {', '.join(get_args(Channels))}.")
+    if how == "zeros":
+        if channels < found:
+            raise CheckpointError(
+                f"in_channels='zeros' adds channels, and {channels} are fewer than the file's "
+                f"{found}: choose 'mean'."
+            )
+        return torch.cat(
+            [weight, weight.new_zeros(len(weight), channels - found, *weight.shape[2:])], 1
+        )
+    if how == "mean" or channels < found:
+        weight = weight.mean(1, keepdim=True)
+    turns = torch.arange(channels) % weight.shape[1]
+    return weight[:, turns] * (found / channels)
+
+
+def fit_stems(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], how: Channels | None
+) -> dict[str, Tensor]:
+    """A state dict whose stems are for the model's images; as it is if `how` is None."""
+    state = dict(state)
+    for key in _other_channels(state, expected) if how else ():
+        state[key] = fit_channels(state[key], expected[key].shape[1], how)
+    return state
+
+
+def channels_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], setting: str) -> str:
+    """The remedy, if a file's stem is for images of other channels than the model's."""
+    for key in _other_channels(state, expected):
+        return (
+            f" The file is of images with {state[key].shape[1]} channels, the model's have "
+            f"{expected[key].shape[1]}: {setting}='repeat' (or 'mean', 'zeros') starts from it "
+            "all the same."
+        )
+    return ""
+
+
+def _other_channels(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    def is_other(key: str) -> bool:
+        if not f".{key}".endswith(f".{STEM}") or key not in expected:
+            return False
+        found, wanted = state[key].shape, expected[key].shape
+        return len(found) == 4 and found[1] != wanted[1] and found[2:] == wanted[2:]
+
+    return [key for key in state if is_other(key)]
+
+
+def load_backbone(
+    backbone: nn.Module,
+    source: str | Path,
+    prefix: str | None = None,
+    in_channels: Channels | None = None,
+) -> LoadReport:
     """Loads a backbone's weights, strictly.
 
     Takes official classification files (`model_ema` before `model`), official and mmengine
@@ -384,6 +457,8 @@ def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = 
         source: A local path or a URL.
         prefix: Where the backbone stands in the file. Without it, 'backbone.' if the file has such
             keys, else the file's top level.
+        in_channels: How a stem for images of other channels is taken, see `fit_channels`; None
+            refuses it.
 
     Returns:
         What was loaded. The only keys that may keep their initial value are `outnorm{i}`, and only
@@ -414,6 +489,7 @@ def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = 
     ignored += [prefix + key for key in foreign]
     has_outnorm = any(key.startswith("outnorm") for key in state)
     state = {key: state[key] for key in state if key not in set(foreign)}
+    state = fit_stems(state, expected, in_channels)
     missing = [key for key in expected if key not in state]
     kept = [] if has_outnorm else [key for key in missing if key.startswith("outnorm")]
     missing = [key for key in missing if key not in set(kept)]
@@ -438,6 +514,7 @@ def load_backbone(backbone: nn.Module, source: str | Path, prefix: str | None = 
             f"{source} does not fit this backbone and nothing was loaded. "
             + "; ".join(faults)
             + ". Check that `arch` and the other arguments are those the file was trained with."
+            + channels_hint(state, expected, "in_channels in init_cfg")
         )
     backbone.load_state_dict(state, strict=False)
     return LoadReport(str(source), entry, tuple(state), tuple(kept), tuple(ignored))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from mmvmamba.models.vmamba import VMamba
+from mmvmamba.models.vmamba import ArgumentError, VMamba
 from mmvmamba.registry import MODELS
 
 # What a forward type says about the architecture beside its gate. v01 to v05 are one function at
@@ -24,7 +24,7 @@ NORMS = {"ln": "ln", "ln2d": "ln", "bn": "bn"}
 def _translate(argument: str, value: str, known: dict):
     key = value.lower()
     if key not in known:
-        raise ValueError(f"{argument}={value!r} is unknown, choose from {', '.join(known)}.")
+        raise ArgumentError(f"{argument}={value!r} is unknown, choose from {', '.join(known)}.")
     return known[key]
 
 
@@ -35,16 +35,16 @@ def translate_forward_type(forward_type: str) -> dict:
         The attributes of `Arch` that it stands for.
 
     Raises:
-        ValueError: If it is unknown; the message lists the known ones.
+        ArgumentError: If it is unknown; the message lists the known ones.
     """
     base = forward_type.removesuffix("_noz")
     if base not in FORWARD_TYPES:
-        raise ValueError(
+        raise ArgumentError(
             f"forward_type={forward_type!r} is unknown, choose from {', '.join(FORWARD_TYPES)}, "
             "each but v0 with or without '_noz' (no gate)."
         )
     if forward_type == "v0_noz":
-        raise ValueError("forward_type='v0_noz' does not exist: v0 always has its gate.")
+        raise ArgumentError("forward_type='v0_noz' does not exist: v0 always has its gate.")
     return FORWARD_TYPES[base] | {"gated": base == forward_type}
 
 
@@ -85,7 +85,7 @@ class MM_VSSM(VMamba):  # noqa: N801 (the official class name)
         init_cfg: As `VMamba`'s.
 
     Raises:
-        ValueError: On a value that is unknown or has no counterpart here.
+        ArgumentError: On a value that is unknown or has no counterpart here.
         CheckpointError: If `pretrained` cannot be loaded completely.
     """
 
@@ -130,9 +130,9 @@ class MM_VSSM(VMamba):  # noqa: N801 (the official class name)
             ("posembed", posembed, False),
         ):
             if value != only:
-                raise ValueError(f"{name}={value!r} is not supported, only {name}={only!r} is.")
+                raise ArgumentError(f"{name}={value!r} is not supported, only {name}={only!r} is.")
         if ssm_conv != 3 and ssm_conv > 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"ssm_conv={ssm_conv!r} is not supported: 3, or less than 2 for no convolution."
             )
         arch = {

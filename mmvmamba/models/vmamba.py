@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvmamba.models.checkpoint import LoadReport, load_backbone, split_pretrained
+from mmvmamba.models.checkpoint import Channels, LoadReport, load_backbone, split_pretrained
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -36,6 +36,10 @@ Inductor's layout pass takes each 4-D tensor on the way from or to a convolution
 are (B, H, W, C), in the best order already: it would lay them out with the height innermost and, in
 training, compile anew for every size of images.
 """
+
+
+class ArgumentError(ValueError):
+    """Raised when an argument of `VMamba` or an attribute of `Arch` cannot be what it is."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Arch:
             object.__setattr__(self, "dims", [self.dims * 2**i for i in range(len(self.depths))])
         _check_positive_integers("dims", self.dims)
         if len(self.dims) != len(self.depths):
-            raise ValueError(
+            raise ArgumentError(
                 f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: "
                 f"{self.dims!r}, {self.depths!r}. Give one number of each per stage."
             )
@@ -109,28 +113,30 @@ class Arch:
         ):
             value = getattr(self, name)
             if value not in valid:
-                raise ValueError(f"{name}={value!r} is unknown, choose from {', '.join(valid)}.")
+                raise ArgumentError(f"{name}={value!r} is unknown, choose from {', '.join(valid)}.")
         for name in ("ssm_drop", "mlp_drop", "drop_path_rate"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
-                raise ValueError(f"{name}={value!r} must be a rate in [0, 1).")
+                raise ArgumentError(f"{name}={value!r} must be a rate in [0, 1).")
         for name in ("gated", "dwconv", "dwconv_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+                raise ArgumentError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.d_state, int) or self.d_state < 1:
-            raise ValueError(f"d_state={self.d_state!r} must be an integer of at least 1.")
+            raise ArgumentError(f"d_state={self.d_state!r} must be an integer of at least 1.")
         if not _is_number(self.ssm_ratio) or int(self.ssm_ratio * min(self.dims)) < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"ssm_ratio={self.ssm_ratio!r} must be a number that leaves at least one channel."
             )
         if not _is_number(self.mlp_ratio) or self.mlp_ratio < 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio!r} must be a number of at least 0.")
+            raise ArgumentError(f"mlp_ratio={self.mlp_ratio!r} must be a number of at least 0.")
         if self.dt_rank != "auto" and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
-            raise ValueError(f"dt_rank={self.dt_rank!r} must be 'auto' or a positive integer.")
+            raise ArgumentError(f"dt_rank={self.dt_rank!r} must be 'auto' or a positive integer.")
         if self.mixer == "mamba2" and (self.gated or self.scan != "cross2d"):
-            raise ValueError("mixer='mamba2' has no gate and no other scan than 'cross2d'.")
+            raise ArgumentError("mixer='mamba2' has no gate and no other scan than 'cross2d'.")
         if self.stem == "v2" and self.dims[0] % 2:
-            raise ValueError(f"stem='v2' needs an even number of channels, dims[0]={self.dims[0]}.")
+            raise ArgumentError(
+                f"stem='v2' needs an even number of channels, dims[0]={self.dims[0]}."
+            )
 
     def rank(self, stage: int) -> int:
         """The time step's rank (or number of heads) in a stage."""
@@ -155,7 +161,7 @@ def _check_positive_integers(name: str, values) -> None:
         or not values
         or not all(isinstance(v, int) and v > 0 for v in values)
     ):
-        raise ValueError(f"{name}={values!r} must be positive integers, one per stage.")
+        raise ArgumentError(f"{name}={values!r} must be positive integers, one per stage.")
 
 
 def _vanilla(dims: int, depth: int, drop_path_rate: float) -> Arch:
@@ -209,12 +215,13 @@ class VMamba(BaseModule):
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages.
         with_cp: Whether to recompute blocks in the backward pass (gradient checkpointing).
         init_cfg: mmengine's initialisation. `dict(type='Pretrained', checkpoint=...)` takes
-            official files and mmengine checkpoints, and is strict: see `load_backbone`.
+            official files and mmengine checkpoints, and is strict: see `load_backbone`, whose
+            `prefix` and `in_channels` may stand beside `checkpoint`.
         drop_path_rate, d_state, ssm_ratio, dt_rank, scan, gated, dwconv, dwconv_bias, act, init,
             mlp_ratio, norm: Where given, these take the place of the arch's own; see `Arch`.
 
     Raises:
-        ValueError: On an unknown arch or a wrong value; the message lists what is valid.
+        ArgumentError: On an unknown arch or a wrong value; the message lists what is valid.
         TypeError: On an unknown argument.
 
     Examples:
@@ -284,9 +291,11 @@ class VMamba(BaseModule):
             range(stages) if out_indices is None else out_indices, stages
         )
         if not isinstance(frozen_stages, int) or not -1 <= frozen_stages <= stages:
-            raise ValueError(
+            raise ArgumentError(
                 f"frozen_stages={frozen_stages!r} must be an integer from -1 (nothing) to {stages}."
             )
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ArgumentError(f"in_channels={in_channels!r} must be an integer of at least 1.")
         self.frozen_stages = frozen_stages
         self.in_channels = in_channels
 
@@ -320,28 +329,29 @@ class VMamba(BaseModule):
         """Looks an architecture up by name, or makes it from a dict.
 
         Raises:
-            ValueError: If the name or an attribute is unknown; the message lists the known ones.
+            ArgumentError: If the name or an attribute is unknown; the message lists the known ones.
         """
         if isinstance(arch, str):
             name = cls.arch_aliases.get(arch, arch)
             if name not in cls.arch_settings:
-                raise ValueError(
-                    f"arch={arch!r} is unknown{_suggest(arch, cls.arch_settings)} Choose from "
-                    f"{', '.join((*cls.arch_settings, *cls.arch_aliases))}, or give a dict."
+                known = (*cls.arch_aliases, *cls.arch_settings)
+                raise ArgumentError(
+                    f"arch={arch!r} is unknown{_suggest(arch, known)} Choose from "
+                    f"{', '.join(known)}, or give a dict."
                 )
             return cls.arch_settings[name]
         if not isinstance(arch, dict):
-            raise ValueError(f"arch must be a name or a dict, got {type(arch).__name__}.")
+            raise ArgumentError(f"arch must be a name or a dict, got {type(arch).__name__}.")
         fields = {f.name: f for f in dataclasses.fields(Arch)}
         for name in arch:
             if name not in fields:
-                raise ValueError(
+                raise ArgumentError(
                     f"arch has an unknown attribute {name!r}{_suggest(name, fields)} "
                     f"Known are {', '.join(fields)}."
                 )
         missing = [name for name in ("dims", "depths") if name not in arch]
         if missing:
-            raise ValueError(f"arch={arch!r} lacks {' and '.join(missing)}.")
+            raise ArgumentError(f"arch={arch!r} lacks {' and '.join(missing)}.")
         return Arch(**arch)
 
     def _build_block(self, stage: int, drop_path: float, with_cp: bool) -> VSSBlock:
@@ -436,7 +446,7 @@ class VMamba(BaseModule):
         super().init_weights()
         self.init_cfg = configured
         for cfg in pretrained:
-            self.load_pretrained(cfg["checkpoint"], prefix=cfg.get("prefix"))
+            self.load_pretrained(cfg["checkpoint"], cfg.get("prefix"), cfg.get("in_channels"))
 
     def compile(
         self,
@@ -460,9 +470,11 @@ class VMamba(BaseModule):
             mode, options = None, COMPILE_OPTIONS | named
         super().compile(backend=backend, mode=mode, options=options, **others)
 
-    def load_pretrained(self, source: str, prefix: str | None = None) -> LoadReport:
+    def load_pretrained(
+        self, source: str, prefix: str | None = None, in_channels: Channels | None = None
+    ) -> LoadReport:
         """Loads weights strictly and logs what became of every key; see `load_backbone`."""
-        report = load_backbone(self, source, prefix)
+        report = load_backbone(self, source, prefix, in_channels)
         print_log(f"{type(self).__name__}: {report}", logger="current")
         return report
 
@@ -529,13 +541,13 @@ def _stage_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
         out_indices = (out_indices,)
     for i in out_indices:
         if not isinstance(i, int) or not -stages <= i < stages:
-            raise ValueError(
+            raise ArgumentError(
                 f"out_indices={out_indices!r} holds {i!r}; there are {stages} stages, "
                 f"0 to {stages - 1}."
             )
     indices = tuple(sorted({i % stages for i in out_indices}))
     if not indices:
-        raise ValueError("out_indices is empty: name at least one stage.")
+        raise ArgumentError("out_indices is empty: name at least one stage.")
     return indices
 
 

@@ -531,3 +531,53 @@ def test_two_processes_fetch_once_and_both_load(server, state, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count(f"keys {len(state)}") == 2
     assert list((tmp_path / "home").rglob("weights.pth"))
+
+
+STEM = "patch_embed.0.weight"
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize("how", ["repeat", "mean"])
+def test_weights_of_photographs_start_a_model_of_other_images(tmp_path, state, channels, how):
+    file = save(tmp_path / "a.pth", state)
+    init_cfg = {"type": "Pretrained", "checkpoint": str(file), "in_channels": how}
+    model = backbone(in_channels=channels, init_cfg=init_cfg)
+    model.init_weights()
+    assert_loaded(model, {key: value for key, value in state.items() if key != STEM})
+    found, weight = state[STEM], model.state_dict()[STEM]
+    if how == "mean" or channels == 1:
+        # A gray image, alike in all channels, gives what it gave.
+        torch.testing.assert_close(weight.sum(1), found.sum(1), rtol=1e-5, atol=1e-6)
+        expected = found.mean(1, keepdim=True).expand(-1, channels, -1, -1) * (3 / channels)
+    else:
+        expected = torch.stack([found[:, i % 3] * (3 / channels) for i in range(channels)], 1)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("channels", [4, 13])
+def test_channels_behind_the_colours_can_begin_at_zero(tmp_path, state, channels):
+    model = backbone(in_channels=channels)
+    load_backbone(model, save(tmp_path / "a.pth", state), in_channels="zeros")
+    weight = model.state_dict()[STEM]
+    assert torch.equal(weight[:, :3], state[STEM])
+    assert not weight[:, 3:].any()
+
+
+def test_other_channels_are_refused_with_the_setting(tmp_path, state):
+    file = save(tmp_path / "a.pth", state)
+    model = backbone(in_channels=4)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="3 channels, the model's have 4: in_channels in ini"):
+        load_backbone(model, file)
+    with pytest.raises(CheckpointError, match="in_channels='twice': choose from repeat, mean, zer"):
+        load_backbone(model, file, in_channels="twice")
+    with pytest.raises(CheckpointError, match="1 are fewer than the file's 3: choose 'mean'"):
+        load_backbone(backbone(in_channels=1), file, in_channels="zeros")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_a_stem_of_as_many_channels_is_taken_as_it_is(tmp_path, state):
+    model = backbone()
+    load_backbone(model, save(tmp_path / "a.pth", state), in_channels="mean")
+    assert_loaded(model, state)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mmvmamba.engine.runner import load_strictly
+from mmvmamba.models import VMamba
 from mmvmamba.models.checkpoint import CheckpointError
 
 
@@ -78,3 +79,18 @@ def test_a_prefix_that_means_nothing_is_a_mistake(model):
 def test_nothing_left_to_load_is_refused(model):
     with pytest.raises(CheckpointError, match="no key is left"):
         load_strictly(model, model.state_dict(), "file.pth", ["0", "1", "2"])
+
+
+def test_a_whole_model_of_other_channels():
+    """As `load_from` with `load_in_channels` does it."""
+    found, wanted = (
+        nn.ModuleDict({"backbone": VMamba({"dims": 8, "depths": (1,)}, in_channels=channels)})
+        for channels in (3, 4)
+    )
+    state, key = found.state_dict(), "backbone.patch_embed.0.weight"
+    with pytest.raises(CheckpointError, match="model's have 4: load_in_channels .*='repeat'"):
+        load_strictly(wanted, state, "file.pth")
+    assert load_strictly(wanted, state, "file.pth", in_channels="repeat") == len(state)
+    for name, value in wanted.state_dict().items():
+        expected = state[name][:, [0, 1, 2, 0]] * 0.75 if name == key else state[name]
+        torch.testing.assert_close(value, expected)

@@ -14,7 +14,7 @@ from mmvmamba.analysis.activation_maps import Mixed, arrays, capture, draw_maps,
 from mmvmamba.analysis.inspection import (
     build_backbone,
     find_images,
-    read_image,
+    image_reader,
     save_figure,
     shown,
 )
@@ -84,11 +84,12 @@ def show(options: argparse.Namespace) -> None:
             f"--query {query[0]} {query[1]} lies outside of the image, {size[0]}x{size[1]}."
         )
     (path,) = find_images([options.image], limit=1)
-    image = read_image(path, size).to(options.device)
     try:
         model = build_backbone(
             options.model, size, options.checkpoint, overrides=options.cfg_options
         )
+        read = image_reader(model, options.model, size, options.cfg_options)
+        image = read(path).to(options.device)
         found = choose(capture(model.to(options.device), image), options.at)
     except ValueError as error:
         raise UsageError(str(error)) from error

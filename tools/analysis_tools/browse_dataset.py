@@ -17,7 +17,12 @@ from rich.progress import track
 
 from mmvmamba.analysis.montage import draw_montage
 from mmvmamba.analysis.pictures import training_samples
-from mmvmamba.engine.cli import add_config_arguments, load_config_and_data, run_command
+from mmvmamba.engine.cli import (
+    add_config_arguments,
+    load_config_and_data,
+    run_command,
+    tell_notices,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def browse(options: argparse.Namespace) -> None:
     cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
+    tell_notices(cfg)
     folder = options.out_dir or Path("work_dirs") / Path(cfg.filename).stem / "train"
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     mmengine.mkdir_or_exist(folder)

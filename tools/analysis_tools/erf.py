@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor, nn
 
 from mmvmamba.analysis.effective_receptive_field import (
     THRESHOLDS,
@@ -17,9 +18,14 @@ from mmvmamba.analysis.effective_receptive_field import (
     effective_receptive_field,
     smallest_square,
 )
-from mmvmamba.analysis.inspection import build_backbone, find_images, read_image, save_figure
+from mmvmamba.analysis.inspection import (
+    build_backbone,
+    find_images,
+    image_reader,
+    save_figure,
+)
 from mmvmamba.analysis.reports import Table
-from mmvmamba.analysis.subjects import random_images
+from mmvmamba.analysis.subjects import image_channels, random_images
 from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
@@ -97,22 +103,21 @@ def _short(name: str) -> str:
 
 def measure(options: argparse.Namespace) -> dict[Run, np.ndarray]:
     size = (*options.size, *options.size)[:2]
-    if options.images:
-        files = find_images(options.images, options.num)
-        images = [read_image(path, size).to(options.device) for path in files]
-    else:
-        images = list(random_images(options.num, size, options.device))
+    files = find_images(options.images, options.num) if options.images else None
     todo = list(runs(options.models))
     found = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(
-            "", total=len(images) * sum(1 if run.checkpoint else options.seeds for run in todo)
+            "",
+            total=(options.num if files is None else len(files))
+            * sum(1 if run.checkpoint else options.seeds for run in todo),
         )
         for run in todo:
             progress.update(task, description=f"{run.label}, {run.state}")
             of_seeds = []
             for seed in range(1 if run.checkpoint else options.seeds):
                 model = build_backbone(run.model, size, run.checkpoint, seed, options.cfg_options)
+                images = images_for(run, model, files, options)
                 of_seeds.append(
                     effective_receptive_field(
                         model.to(options.device), images, lambda: progress.advance(task)
@@ -120,6 +125,19 @@ def measure(options: argparse.Namespace) -> dict[Run, np.ndarray]:
                 )
             found[run] = np.mean(of_seeds, axis=0)
     return found
+
+
+def images_for(
+    run: Run, model: nn.Module, files: Sequence[Path] | None, options: argparse.Namespace
+) -> Iterator[Tensor]:
+    """The images of the channels that a model takes."""
+    size = (*options.size, *options.size)[:2]
+    if files is None:
+        yield from random_images(options.num, size, options.device, image_channels(model))
+        return
+    read = image_reader(model, run.model, size, options.cfg_options)
+    for path in files:
+        yield read(path).to(options.device)
 
 
 def show(options: argparse.Namespace) -> None:

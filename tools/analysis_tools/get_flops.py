@@ -10,7 +10,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mmvmamba.analysis.flops import Complexity, count_classifier, count_config, plot_flops
-from mmvmamba.engine.cli import add_cfg_options, load_config, run_command
+from mmvmamba.analysis.subjects import is_config
+from mmvmamba.engine.cli import add_cfg_options, load_config, run_command, tell_notices
 from mmvmamba.engine.errors import UsageError
 
 MODEL_HELP = (
@@ -56,10 +57,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def count(name: str, shape: tuple[int, int] | None, overrides: dict) -> Complexity:
     try:
-        if not name.endswith(".py") and "::" not in name:
+        if not is_config(name):
             return count_classifier(name, shape)
-        cfg = load_config(name)
-        cfg.merge_from_dict(overrides)
+        cfg = load_config(name, overrides)
+        tell_notices(cfg)
         return count_config(cfg, shape)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error

@@ -12,7 +12,12 @@ import numpy as np
 from rich.console import Console
 
 from mmvmamba.analysis.curves import plot, scheduled
-from mmvmamba.engine.cli import add_config_arguments, load_config_and_data, run_command
+from mmvmamba.engine.cli import (
+    add_config_arguments,
+    load_config_and_data,
+    run_command,
+    tell_notices,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def draw(options: argparse.Namespace) -> None:
     cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
+    tell_notices(cfg)
     values = scheduled(cfg, options.processes, options.dataset_size)[options.parameter]
     name = Path(cfg.filename).stem
     file = options.out or Path("work_dirs") / name / f"{options.parameter}.png"

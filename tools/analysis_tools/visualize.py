@@ -14,7 +14,12 @@ from rich.progress import track
 from mmvmamba.analysis.inspection import find_images
 from mmvmamba.analysis.montage import draw_montage
 from mmvmamba.analysis.pictures import predict_and_draw
-from mmvmamba.engine.cli import add_config_arguments, load_config_and_data, run_command
+from mmvmamba.engine.cli import (
+    add_config_arguments,
+    load_config_and_data,
+    run_command,
+    tell_notices,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def visualize(options: argparse.Namespace) -> None:
     cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
+    tell_notices(cfg)
     folder = options.out_dir or Path("work_dirs") / Path(cfg.filename).stem / "pictures"
     images = find_images(options.images) if options.images else None
     console = Console(stderr=True, highlight=False, soft_wrap=True)

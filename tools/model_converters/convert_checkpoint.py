@@ -14,7 +14,13 @@ from torch import Tensor
 
 from mmvmamba import __version__
 from mmvmamba.analysis.flops import build_structure
-from mmvmamba.engine.cli import CONFIG_HELP, add_cfg_options, load_config, run_command
+from mmvmamba.engine.cli import (
+    CONFIG_HELP,
+    add_cfg_options,
+    load_config,
+    run_command,
+    tell_notices,
+)
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly
 from mmvmamba.engine.tasks import scope_of
@@ -47,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
     source, target = options.source, options.target
     if target.exists() and not options.force:
         raise UsageError(f"{target} exists. Name another file, or overwrite it with --force.")
-    cfg = load_config(options.config)
-    cfg.merge_from_dict(options.cfg_options)
+    cfg = load_config(options.config, options.cfg_options)
+    tell_notices(cfg)
     classifier = scope_of(cfg) == "mmpretrain"
     checkpoint = read_checkpoint(source)
     result = convert(checkpoint, source, options.to, classifier, options.entry)
