@@ -9,8 +9,9 @@ check in `accepted_disagreements`, e.g. `accepted_disagreements=["class_count"]`
 import filecmp
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
@@ -18,7 +19,6 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -28,7 +28,7 @@ from mmvmamba.engine.class_counts import log_class_counts
 from mmvmamba.engine.class_names import names_of
 from mmvmamba.engine.coco_file import has_outline
 from mmvmamba.engine.data import SPLITS, datasets_of, evaluators_of
-from mmvmamba.engine.data_checks import base_datasets
+from mmvmamba.engine.data_checks import base_datasets, classes_of
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.wrappers import unwrapped
 
@@ -62,31 +62,12 @@ class AgreementHook(Hook):
         Raises:
             UsageError: If parts do not agree.
         """
-        accepted = runner.cfg.get(ACCEPTED) or ()
-        loops = {split: loop for split in SPLITS if (loop := _built_loop(runner, split))}
-        datasets = {split: loop.dataloader.dataset for split, loop in loops.items()}
-        model = unwrapped(runner.model)
-        check_configured_names(runner.cfg)
-        if CLASSES not in accepted:
-            check_same_names(datasets)
-        for split, dataset in datasets.items():
-            evaluator = getattr(loops[split], "evaluator", None)
-            metrics = evaluator.metrics if isinstance(evaluator, Evaluator) else []
-            if COUNT not in accepted:
-                check_class_count(model, dataset, split)
-                check_ignored_label(model, dataset, metrics, split)
-                check_best_of(model, metrics, class_number(model, dataset), split)
-            if METRICS not in accepted and split != "train":
-                check_evaluators_files(runner.cfg, split)
-                several = type(evaluator).__name__ == "MultiDatasetsEvaluator"
-                sets = dataset.datasets if several else [dataset] * len(metrics)
-                for metric, one in zip(metrics, sets, strict=False):
-                    check_annotation_file(metric, one, split)
-        if "train" in loops:
-            check_batch_norm(model, loops["train"].dataloader)
+        for check in checks(runner):
+            check()
         if is_main_process():
-            for split, dataset in datasets.items():
-                log_class_counts(dataset, split, class_number(model, dataset))
+            for split, loop in _built_loops(runner).items():
+                dataset = loop.dataloader.dataset
+                log_class_counts(dataset, split, class_number(unwrapped(runner.model), dataset))
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compares a checkpoint's class names with those of the data it goes on with.
@@ -97,18 +78,43 @@ class AgreementHook(Hook):
         training = isinstance(runner._train_loop, BaseLoop)
         if CLASSES in (runner.cfg.get(ACCEPTED) or ()) or (training and not runner._resume):
             return
-        splits = ("train",) if training else ("test", "val")
-        for split in splits:
-            loop = _built_loop(runner, split)
-            if loop is not None:
+        for split, loop in _built_loops(runner).items():
+            if (split == "train") == training:
                 check_checkpoint_names(checkpoint, loop.dataloader.dataset, split)
 
 
-def _built_loop(runner, split: str) -> BaseLoop | None:
-    """A runner's loop, if it is built and has one data loader."""
-    loop = getattr(runner, f"_{split}_loop")
-    known = isinstance(loop, BaseLoop) and isinstance(getattr(loop, "dataloader", 0), DataLoader)
-    return loop if known else None
+def checks(runner) -> Iterator[Callable[[], None]]:
+    """Yields what is compared of a runner whose loops are built, each raising a `UsageError`."""
+    cfg, model, loops = runner.cfg, unwrapped(runner.model), _built_loops(runner)
+    accepted = cfg.get(ACCEPTED) or ()
+    yield partial(check_configured_names, cfg)
+    if CLASSES not in accepted:
+        yield partial(check_same_names, {s: loop.dataloader.dataset for s, loop in loops.items()})
+    for split, loop in loops.items():
+        dataset, evaluator = loop.dataloader.dataset, getattr(loop, "evaluator", None)
+        metrics = evaluator.metrics if isinstance(evaluator, Evaluator) else []
+        if COUNT not in accepted:
+            yield partial(check_class_count, model, dataset, split)
+            yield partial(check_ignored_label, model, dataset, metrics, split)
+            yield partial(check_best_of, model, metrics, class_number(model, dataset), split)
+        if METRICS not in accepted and metrics:
+            yield partial(check_evaluators_files, cfg, split)
+            several = type(evaluator).__name__ == "MultiDatasetsEvaluator"
+            sets = dataset.datasets if several else [dataset] * len(metrics)
+            for metric, one in zip(metrics, sets, strict=False):
+                yield partial(check_annotation_file, metric, one, split)
+        if split == "train":
+            yield partial(check_batch_norm, model, loop.dataloader)
+
+
+def _built_loops(runner) -> dict[str, BaseLoop]:
+    """A runner's loops that are built and have one data loader, by split."""
+    loops = {split: getattr(runner, f"_{split}_loop") for split in SPLITS}
+    return {
+        split: loop
+        for split, loop in loops.items()
+        if isinstance(loop, BaseLoop) and isinstance(getattr(loop, "dataloader", 0), DataLoader)
+    }
 
 
 def check_model_and_data(
@@ -148,22 +154,12 @@ def check_configured_names(cfg: Config) -> None:
         return
     first = None
     for split, dataset in datasets_of(cfg):
-        metainfo = dataset.get("metainfo")
-        classes = metainfo.get("classes") if isinstance(metainfo, dict) else None
-        classes = classes or dataset.get("classes") or _default_names(dataset)
-        if not classes or isinstance(classes, str):
+        classes, _ = classes_of(dataset)
+        if not classes:
             continue
         if first is None:
-            first = split, list(classes)
-        _compare_names(*first, split, list(classes))
-
-
-def _default_names(dataset: dict) -> list[str] | None:
-    kind = dataset.get("type")
-    if isinstance(kind, str):
-        with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
-            kind = registry.get(kind)
-    return getattr(kind, "METAINFO", {}).get("classes")
+            first = split, classes
+        _compare_names(*first, split, classes)
 
 
 def check_same_names(datasets: dict[str, Dataset]) -> None:

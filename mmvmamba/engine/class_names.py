@@ -47,27 +47,47 @@ def check_class_names(dataset: dict) -> None:
                 raise DataError(f"classes has {names_of(twice)} more than once: {list(classes)}.")
 
 
-def ids_of(classes: Sequence[str], categories: Sequence[dict]) -> list[int]:
-    """The ids of a COCO file's categories in the order of `classes`.
+def check_categories(categories: Mapping[int, str], classes: Sequence[str], given: bool) -> None:
+    """Compares the categories of a COCO file with the classes of its data set.
+
+    Args:
+        categories: The names of the file's categories, by id.
+        classes: The data set's classes.
+        given: Whether the config gives them. The names that upstream gives COCO's own data may be
+            more than a file has, as long as it has one of them.
 
     Raises:
-        DataError: If the file does not have a class, or has it twice.
+        DataError: If the file does not have a class, or has one twice.
     """
-    ids = {category["name"]: category["id"] for category in categories}
-    missing = [name for name in classes if name not in ids]
-    if missing:
+    names = Counter(categories.values())
+    missing = [name for name in classes if name not in names]
+    if missing and (given or len(missing) == len(classes)):
         raise DataError(
-            f"the file has no category {names_of(missing)}{_near(missing[0], ids)}. Its "
-            f"categories: {names_of(ids)}; the config's classes: {names_of(classes)}. Set classes "
-            "(metainfo=dict(classes=[...])) to the file's names, and num_classes to their number."
+            f"the file has no category {names_of(missing)}{_near(missing[0], names)}. Its "
+            f"categories: {names_of(names)}; the config's classes: {names_of(classes)}. Set "
+            "classes (metainfo=dict(classes=[...])) to the file's names, and num_classes to their "
+            "number."
         )
-    twice = [name for name, count in Counter(c["name"] for c in categories).items() if count > 1]
-    twice = [name for name in twice if name in classes]
+    twice = [name for name in classes if names[name] > 1]
     if twice:
         raise DataError(
             f"the file has more than one category named {names_of(twice)}: give all their "
             "annotations one category_id, and leave the other categories out."
         )
+
+
+def _ids_of(classes: Sequence[str], categories: dict[int, dict]) -> list[int]:
+    """The ids of a COCO file's categories in the order of `classes`.
+
+    Args:
+        classes: The classes.
+        categories: The file's categories by id, to which a class that is not among them is added.
+    """
+    ids = {category["name"]: number for number, category in categories.items()}
+    for label, name in enumerate(classes):
+        if name not in ids:
+            ids[name] = -1 - label
+            categories[ids[name]] = {"id": ids[name], "name": name}
     return [ids[name] for name in classes]
 
 
@@ -99,7 +119,7 @@ def number_coco_by_name() -> None:
         if not cat_names or sup_names or cat_ids:
             return get_cat_ids(self, cat_names, sup_names, cat_ids)
         names = [cat_names] if isinstance(cat_names, str) else cat_names
-        return ids_of(names, self.dataset.get("categories", ()))
+        return _ids_of(names, self.cats)
 
     COCO.createIndex, COCO.get_cat_ids, COCO.numbers_by_name = index_completed, ids_by_name, True
     for name in ("COCOeval", "COCOevalMP"):

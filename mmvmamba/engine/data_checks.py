@@ -6,6 +6,7 @@ are: `build_dataloader` looks at the files before and at the data sets after.
 """
 
 import errno
+import json
 import logging
 import os
 from collections import Counter
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import is_main_process
+from mmengine.fileio import list_from_file
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -25,6 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mmvmamba.engine.class_names import (
+    check_categories,
     check_class_names,
     names_of,
     number_coco_by_name,
@@ -102,12 +105,20 @@ def _checked(
         if path and path.is_file() and hasattr(_class_of(one), "COCOAPI") and is_main_process():
             masks = _reads_masks(one)
             content = listed[path] = read_coco(path, masks_evaluated=masks and not training)
+            classes, given = classes_of(one)
+            if content and classes:
+                try:
+                    check_categories(content.categories, classes, given)
+                except DataError as error:
+                    raise DataError(f"{path}: {error}") from error
             if masks and content and content.shapeless == content.annotations > 0:
                 raise DataError(
                     f"{path}: none of its {content.annotations} objects has a mask of three points "
                     "or more (segmentation), and the model learns from masks. Give them masks, or "
                     "take a model of boxes alone, such as Faster R-CNN."
                 )
+        elif path and path.is_file() and path.suffix == ".json" and is_main_process():
+            _check_own_names(path, one)
     names = ", ".join(str(path or one.get("data_root")) for path, one in files.items())
     try:
         built = build()
@@ -126,6 +137,27 @@ def _checked(
         if is_main_process():
             _log_size(dataset, listed.get(Path(dataset.ann_file or "")))
     return built
+
+
+def _check_own_names(path: Path, dataset: dict) -> None:
+    """Compares the classes of a list in mmengine's format with the config's, which replace them.
+
+    The labels are numbers in the file's own.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        # The data set itself says what it cannot read.
+        return
+    metainfo = content.get("metainfo") if isinstance(content, dict) else None
+    own = metainfo.get("classes") if isinstance(metainfo, dict) else None
+    classes, given = classes_of(dataset)
+    if given and own and classes and list(own) != classes:
+        raise DataError(
+            f"{path}: its labels are numbers of its own classes (metainfo), and the config gives "
+            f"others.\n  file: {names_of(own)}\n  config: {names_of(classes)}\n  Leave classes out "
+            "of the config, or give it the file's."
+        )
 
 
 def base_datasets(dataset: Dataset) -> Iterator[BaseDataset]:
@@ -212,6 +244,21 @@ def _class_of(dataset: dict) -> type | None:
         with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
             kind = registry.get(kind)
     return kind
+
+
+def classes_of(dataset: dict) -> tuple[list[str] | None, bool]:
+    """The classes of a data set's config, and whether it gives them or upstream's class has them.
+
+    None where they are known from the data alone.
+    """
+    metainfo = dataset.get("metainfo")
+    classes = metainfo.get("classes") if isinstance(metainfo, dict) else None
+    classes = classes or dataset.get("classes")
+    if isinstance(classes, str):
+        # A file with a name in each line.
+        return (list_from_file(classes) if os.path.isfile(classes) else None), True
+    default = getattr(_class_of(dataset), "METAINFO", {}).get("classes")
+    return (list(classes), True) if classes else (list(default) if default else None, False)
 
 
 def _reads_masks(dataset: dict) -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmvmamba.engine import cli
 from mmvmamba.engine.data_checks import build_dataloader
-from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.errors import DataError, UsageError
 
 PROJECT = Path(__file__).resolve().parents[2]
 NAMES = ("cat", "dog", "horse")
@@ -236,11 +236,23 @@ def shorten(cfg: Config) -> Config:
 
 
 def training(
-    folder: Path, task: str, kind: str, root: str, classes=NAMES, more: str = ""
+    folder: Path, task: str, kind: str, root: str, classes=NAMES, more: str | None = None
 ) -> Config:
-    """The config that `tools/train.py` runs, shortened; see `write_config`."""
-    config = write_config(folder, task, kind, root, classes, more)
-    arguments = [str(config), *options(folder / "out")]
+    """The config that `tools/train.py` runs, shortened.
+
+    Args:
+        folder: Where config and results are written.
+        task: See `write_config`.
+        kind: See `write_config`.
+        root: The data root.
+        classes: The classes.
+        more: What the user adds to the config, which then has the root in it as it is written.
+            Otherwise `--data-root` says where the data are, and one config serves many tests.
+    """
+    written = "data/own/" if more is None else root
+    config = write_config(folder, task, kind, written, classes, more or "")
+    moved = ["--data-root", root] if more is None else []
+    arguments = [str(config), *moved, *options(folder / "out")]
     return shorten(cli.train_config(cli.parse_train_arguments(arguments)))
 
 
@@ -248,6 +260,11 @@ TASKS = tuple(MAKE)
 KINDS = ("finetune", "upstream")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_task = pytest.mark.parametrize("task", TASKS)
+# Where the three tasks share a check and the configs differ in little.
+some_of_each = pytest.mark.parametrize(
+    ("task", "kind"),
+    [("mmdet", "finetune"), ("mmseg", "upstream"), ("mmpretrain", "finetune")],
+)
 
 
 class StartedError(Exception):
@@ -275,6 +292,22 @@ def refused(cfg, match: str) -> str:
     runner.register_hook(StopBeforeTheFirstStep())
     with pytest.raises(UsageError, match=match) as error:
         runner.train()
+    return str(error.value)
+
+
+def _both_loaders(cfg):
+    build_dataloader(cfg.train_dataloader, training=True)
+    build_dataloader(cfg.val_dataloader)
+
+
+def loaders_refused(cfg, match: str) -> str:
+    """What refuses the data of a training, whatever its model."""
+    init_default_scope(cfg.default_scope)
+    with pytest.raises(DataError, match=match) as error:
+        _ = [
+            build_dataloader(cfg.train_dataloader, training=True),
+            build_dataloader(cfg.val_dataloader),
+        ]
     return str(error.value)
 
 

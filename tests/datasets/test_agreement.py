@@ -3,6 +3,7 @@
 Every check is tried on a copy of our finetune configs and on configs from upstream's bases alone.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,16 +23,20 @@ from own_data import (
     each_kind,
     each_task,
     images,
+    loaders_refused,
     perfect,
     refused,
+    some_of_each,
     started,
     training,
     wrapped,
 )
 
 from mmvmamba.engine import cli
-from mmvmamba.engine.data_checks import base_datasets, build_dataloader
-from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.data_checks import base_datasets, build_dataloader, build_dataset
+from mmvmamba.engine.errors import DataError, UsageError
+
+pytestmark = pytest.mark.usefixtures("quick_configs")
 
 
 @each_task
@@ -99,9 +104,26 @@ def test_metrics_are_by_name(kind, tmp_path):
 def test_a_name_that_the_file_does_not_have_is_named(kind, tmp_path):
     boxes(tmp_path / "data")
     cfg = training(tmp_path, "mmdet", kind, f"{tmp_path}/data/", ("cat", "Dog", "horse"))
-    message = refused(cfg, r"has no category 'Dog' \(did you mean 'dog'\?\)")
+    message = loaders_refused(cfg, r"has no category 'Dog' \(did you mean 'dog'\?\)")
     assert "annotations/train.json" in message
     assert "Its categories: 'cat', 'dog', 'horse'; the config's classes: 'cat', 'Dog'" in message
+
+
+def test_a_file_of_some_of_cocos_classes_is_taken(tmp_path):
+    """Whose config gives none: the names are upstream's eighty, of which a file may list a few."""
+    boxes(tmp_path / "data", in_order((2, 0, 1), (1, 2, 0)))
+    cfg = training(tmp_path, "mmdet", "upstream", f"{tmp_path}/data/")
+    init_default_scope("mmdet")
+    del cfg.val_dataloader.dataset["metainfo"]
+    dataset = build_dataloader(cfg.val_dataloader).dataset
+    assert told(dataset) == {(0, "cat"), (1, "dog"), (2, "horse")}
+    cfg.val_evaluator.classwise = True
+    found = perfect(cfg, dataset.metainfo["classes"], wrong=("dog",))
+    assert found["coco/bbox_mAP"] == pytest.approx(2 / 3, abs=1e-3)
+    assert [found[f"coco/{name}_precision"] for name in NAMES] == [1.0, 0.0, 1.0]
+    boxes(tmp_path / "data", lambda c, s: [o.update(name=o["name"] + "2") for o in c["categories"]])
+    with pytest.raises(DataError, match=r"val\.json: the file has no category 'person', .*'cat2'"):
+        build_dataloader(cfg.val_dataloader)
 
 
 def test_categories_of_one_name_are_refused(tmp_path):
@@ -110,7 +132,7 @@ def test_categories_of_one_name_are_refused(tmp_path):
 
     boxes(tmp_path / "data", edit)
     cfg = training(tmp_path, "mmdet", "finetune", f"{tmp_path}/data/")
-    refused(cfg, "more than one category named 'dog'")
+    loaders_refused(cfg, "more than one category named 'dog'")
 
 
 def labels_of_folders(dataset) -> set[tuple[str, str]]:
@@ -147,7 +169,7 @@ def test_folders_are_classes_by_name(kind, given, wrapper, tmp_path):
 def test_other_folders_than_classes_are_named(kind, tmp_path):
     images(tmp_path / "data", ("cat", "dogs", "horse", "zebra"))
     cfg = training(tmp_path, "mmpretrain", kind, f"{tmp_path}/data/")
-    message = refused(cfg, r"Classes without a folder: 'dog' \(did you mean 'dogs'\?\)")
+    message = loaders_refused(cfg, r"Classes without a folder: 'dog' \(did you mean 'dogs'\?\)")
     assert "folders of no class: 'dogs', 'zebra'" in message
 
 
@@ -166,8 +188,7 @@ def test_folders_of_training_and_validation_agree(kind, tmp_path):
     started(cfg)
 
 
-@each_task
-@each_kind
+@some_of_each
 def test_classes_of_the_splits_agree(task, kind, tmp_path):
     """The test's too, which a training does not build."""
     MAKE[task](tmp_path / "data")
@@ -191,8 +212,7 @@ def test_two_training_sets_of_other_classes_are_refused(tmp_path):
     refused(cfg, "the train data sets have different classes, in another order")
 
 
-@each_task
-@each_kind
+@some_of_each
 def test_a_checkpoint_is_tested_with_its_classes(task, kind, tmp_path):
     MAKE[task](tmp_path / "data")
     cfg = training(tmp_path, task, kind, f"{tmp_path}/data/")
@@ -213,6 +233,24 @@ def test_a_checkpoint_is_tested_with_its_classes(task, kind, tmp_path):
     started(fine)
 
 
+def test_a_list_that_names_its_classes_is_believed(tmp_path):
+    images(tmp_path / "data")
+    content = {"metainfo": {"classes": NAMES}, "data_list": [{"img_path": "cat/0.jpg"}]}
+    content["data_list"][0]["gt_label"] = [0, 2]
+    (tmp_path / "data/list.json").write_text(json.dumps(content))
+    dataset = {
+        "type": "MultiLabelDataset",
+        "data_root": f"{tmp_path}/data",
+        "data_prefix": "train",
+        "ann_file": "list.json",
+    }
+    init_default_scope("mmpretrain")
+    assert build_dataset({**dataset, "classes": NAMES}).metainfo["classes"] == NAMES
+    with pytest.raises(DataError, match="numbers of its own classes") as error:
+        build_dataset({**dataset, "classes": ("dog", "cat", "horse")})
+    assert "file: 'cat', 'dog', 'horse'\n  config: 'dog', 'cat', 'horse'" in str(error.value)
+
+
 # 2. Numbers of classes.
 
 HEADS = {
@@ -225,9 +263,8 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("number", [2, 150])
+@pytest.mark.parametrize(("kind", "number"), [("finetune", 150), ("upstream", 2)])
 @each_task
-@each_kind
 def test_the_heads_classes_are_the_datas(task, kind, number, tmp_path):
     MAKE[task](tmp_path / "data")
     cfg = training(tmp_path, task, kind, f"{tmp_path}/data/")
@@ -247,7 +284,7 @@ def test_classes_are_a_list_of_different_names(task, kind, classes, tmp_path):
     MAKE[task](tmp_path / "data")
     cfg = training(tmp_path, task, kind, f"{tmp_path}/data/", classes)
     text = r"classes is the text 'cat'.*classes = \('cat',\)"
-    refused(cfg, text if classes == "cat" else "classes has 'cat' more than once")
+    loaders_refused(cfg, text if classes == "cat" else "classes has 'cat' more than once")
 
 
 @each_kind
