@@ -118,7 +118,11 @@ def picture(seed: int) -> np.ndarray:
 
 def save(path: Path, array: np.ndarray, mode: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array, mode).save(path)
+    image = Image.fromarray(array)
+    if mode == "P":
+        image = Image.frombytes("P", image.size, array.tobytes())
+        image.putpalette([value for number in range(256) for value in (number, 0, 255 - number)])
+    image.save(path)
 
 
 def boxes(
