@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -473,6 +474,9 @@ def main(arguments: list[str] | None = None) -> int:
         "each fault. Exit status 0: no errors (there may be warnings: slow, but it works).",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable, on standard output")
+    parser.add_argument(
+        "--config", help="also look at this config's data: tools/dataset_tools/check_dataset.py"
+    )
     options = parser.parse_args(arguments)
     findings: list[Finding] = []
     progress = Progress(
@@ -492,6 +496,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write("\n")
     else:
         report(findings, Console())
+    if well and options.config:
+        # A process of its own: this one has not set the stack up.
+        return subprocess.call(
+            [sys.executable, "-m", "mmvmamba.analysis.data_report", options.config]
+        )
     return 0 if well else 1
 
 

@@ -37,7 +37,7 @@ val_dataloader = dict(
     )
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + "annotations/val.json")
+val_evaluator = dict(ann_file=f"{data_root}/annotations/val.json")
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs)

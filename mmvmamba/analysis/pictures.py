@@ -21,7 +21,9 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from torch import nn
 
+from mmvmamba.engine.agreement import check_configured_names, check_model_and_data
 from mmvmamba.engine.data import check_datasets
+from mmvmamba.engine.data_checks import build_dataset
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly, model_weights
 from mmvmamba.engine.tasks import first_dataset, scope_of, type_name
@@ -85,6 +87,7 @@ def predict_and_draw(
     if dataset is None:
         meta = content.get("meta", {}).get("dataset_meta") or _class_metainfo(cfg)
     else:
+        check_model_and_data(cfg, model, dataset, content)
         meta = dataset.metainfo
     visualizer = build_visualizer(cfg, meta)
     steps = test_steps(cfg)
@@ -124,7 +127,8 @@ def training_samples(
     if not cfg.get("train_dataloader"):
         raise UsageError(f"{cfg.filename} has no train_dataloader.")
     check_datasets(cfg, ("train",))
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    check_configured_names(cfg)
+    dataset = build_dataset(cfg.train_dataloader.dataset, training=True)
     visualizer = build_visualizer(cfg, dataset.metainfo)
     rgb = _loads_rgb(first_dataset(cfg.train_dataloader).get("pipeline", ()))
     for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
@@ -257,7 +261,7 @@ def _test_dataset(cfg: Config, required: bool) -> BaseDataset | None:
         if required:
             raise
         return None
-    return DATASETS.build(cfg.test_dataloader.dataset)
+    return build_dataset(cfg.test_dataloader.dataset)
 
 
 def _class_metainfo(cfg: Config) -> dict:

@@ -18,7 +18,13 @@ from mmengine.runner import Runner
 
 import mmvmamba
 from mmvmamba.compat import StackError
-from mmvmamba.engine.data import check_datasets, find_data, set_data_root
+from mmvmamba.engine.data import (
+    check_datasets,
+    expand_home,
+    find_data,
+    join_evaluators_files,
+    set_data_root,
+)
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.optim import AmpOptimWrapper, rate_notice
 from mmvmamba.engine.processes import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
@@ -282,10 +288,12 @@ def load_config_and_data(
     data_root = overrides.pop("data_root", data_root)
     cfg = load_config(name, overrides)
     scope_of(cfg)
+    expand_home(cfg)
+    join_evaluators_files(cfg)
     if data_root:
         set_data_root(cfg, data_root)
     else:
-        found = find_data(cfg, project_folder())
+        found = find_data(cfg, project_folder(), Path(cfg.filename).parent)
         if found:
             _add_notice(cfg, f"data found at {found}.")
     set_loader_defaults(cfg)

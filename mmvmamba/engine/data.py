@@ -4,7 +4,9 @@ Paths are joined as mmengine's `BaseDataset` joins them: `ann_file` and each `da
 `data_root`, unless absolute.
 """
 
+import os
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 from mmengine.config import Config
@@ -37,6 +39,55 @@ def unwrap(dataset: dict | list | tuple | None) -> Iterator[dict]:
             yield dataset
 
 
+def with_home(config: dict) -> dict:
+    """A data set's config whose paths do not begin with `~`.
+
+    Args:
+        config: The config, which stays as it is.
+    """
+    if isinstance(config, dict):
+        config = deepcopy(config)
+        _replace(config, _expanded)
+    return config
+
+
+def expand_home(cfg: Config) -> None:
+    """Replaces `~` at the beginning of paths of data, weights and results, in place."""
+    for split in SPLITS:
+        for part in ("dataloader", "evaluator"):
+            _replace(cfg.get(f"{split}_{part}"), _expanded)
+    for key in ("data_root", "load_from", "work_dir"):
+        if isinstance(cfg.get(key), str):
+            cfg[key] = _expanded(cfg[key])
+
+
+def _expanded(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def join_evaluators_files(cfg: Config) -> None:
+    """Joins an evaluator's `ann_file` with the data root where it is the data set's, in place.
+
+    A data set's is joined by upstream, an evaluator's is written out in the config: without the
+    root, or with a root whose last slash is forgotten, it would name another file.
+    """
+    for split in SPLITS:
+        for evaluator in evaluators_of(cfg, split):
+            for _, dataset in datasets_of(cfg, (split,)):
+                root, name = (str(dataset.get(key) or "") for key in ("data_root", "ann_file"))
+                found = str(evaluator.get("ann_file") or "")
+                if name and found in (name, root + name) and not Path(found).exists():
+                    evaluator["ann_file"] = os.path.join(root, name)
+
+
+def evaluators_of(cfg: Config, split: str) -> list[dict]:
+    """The configs of a split's metrics."""
+    evaluators = cfg.get(f"{split}_evaluator") or ()
+    evaluators = [evaluators] if isinstance(evaluators, dict) else evaluators
+    inner = [one.get("metrics") or one for one in evaluators if isinstance(one, dict)]
+    return [one for some in inner for one in (some if isinstance(some, list | tuple) else [some])]
+
+
 def set_data_root(cfg: Config, root: str) -> None:
     """Points a config at another copy of its data.
 
@@ -52,7 +103,7 @@ def set_data_root(cfg: Config, root: str) -> None:
         UsageError: If the config's data sets have no root, or several.
     """
     roots = {
-        str(dataset["data_root"]).rstrip("/")
+        os.path.normpath(dataset["data_root"])
         for _, dataset in datasets_of(cfg)
         if dataset.get("data_root")
     }
@@ -66,8 +117,10 @@ def set_data_root(cfg: Config, root: str) -> None:
     new = str(Path(root).expanduser())
 
     def moved(value):
-        if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/")):
-            return new + value[len(old) :]
+        if isinstance(value, str) and value and "://" not in value:
+            path = os.path.normpath(value)
+            if path == old or path.startswith(old + "/"):
+                return new + path[len(old) :] + "/" * value.endswith("/")
         return value
 
     for split in SPLITS:
@@ -82,31 +135,39 @@ def _replace(node, change) -> None:
     for key, value in list(items):
         if isinstance(value, dict | list):
             _replace(value, change)
+        elif isinstance(value, tuple):
+            parts = list(value)
+            _replace(parts, change)
+            if any(new is not old for new, old in zip(parts, value, strict=True)):
+                node[key] = tuple(parts)
         else:
             changed = change(value)
             if changed is not value:
                 node[key] = changed
 
 
-def find_data(cfg: Config, project: Path) -> str | None:
+def find_data(cfg: Config, *places: Path) -> str | None:
     """Lets a config's relative data root be found from any working directory.
 
     Args:
         cfg: The config, changed in place if its root is not below the working directory but is
-            below the project.
-        project: The checkout's folder.
+            below one of the places.
+        *places: The checkout's folder, and the config's.
 
     Returns:
         The root that is used instead, or None if nothing was changed.
     """
-    roots = {str(dataset.get("data_root") or "") for _, dataset in datasets_of(cfg)}
+    roots = {os.path.normpath(d.get("data_root") or "") for _, d in datasets_of(cfg)}
     if len(roots) != 1:
         return None
     root = Path(roots.pop())
-    if root.is_absolute() or not root.parts or root.exists() or not (project / root).exists():
+    if root.is_absolute() or not root.parts or root.exists():
         return None
-    set_data_root(cfg, str(project / root))
-    return str(project / root)
+    for place in places:
+        if (place / root).exists():
+            set_data_root(cfg, str(place / root))
+            return str(place / root)
+    return None
 
 
 def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -133,6 +194,17 @@ def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
                     f"  Elsewhere on this machine? Add --data-root PATH (the config has {root}).\n"
                     f"  For a small sample in the same layout: {SAMPLE_COMMAND}"
                 )
+    for split in splits:
+        for evaluator in evaluators_of(cfg, split):
+            name = str(evaluator.get("ann_file") or "")
+            if not name or "://" in name or evaluator.get("backend_args") or Path(name).exists():
+                continue
+            of_data = [str(d["ann_file"]) for _, d in datasets_of(cfg, (split,)) if "ann_file" in d]
+            raise UsageError(
+                f"the {split} evaluator's file is not there: {name} does not exist (working "
+                f"directory: {Path.cwd()}). Set {split}_evaluator.ann_file to the data set's file "
+                f"({', '.join(of_data) or 'the data set has none'}), with the data root before it."
+            )
 
 
 def dataset_paths(dataset: dict) -> Iterator[Path]:

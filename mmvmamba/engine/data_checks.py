@@ -6,10 +6,11 @@ are: `build_dataloader` looks at the files before and at the data sets after.
 """
 
 import errno
+import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import is_main_process
+from mmengine.fileio import list_from_file
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -24,8 +26,15 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from mmvmamba.engine.class_names import (
+    check_categories,
+    check_class_names,
+    names_of,
+    number_coco_by_name,
+    number_folders_by_name,
+)
 from mmvmamba.engine.coco_file import Listed, read_coco
-from mmvmamba.engine.data import dataset_paths, unwrap
+from mmvmamba.engine.data import dataset_paths, unwrap, with_home
 from mmvmamba.engine.errors import DataError
 
 # Before its version 5, OpenCV makes up what a JPEG lacks, in gray.
@@ -57,22 +66,69 @@ def build_dataloader(
     """
     if isinstance(config, DataLoader):
         return config
+    dataset = with_home(config.get("dataset"))
+    config = {**config, "dataset": dataset}
+    return _checked(
+        dataset, training, lambda: Runner.build_dataloader(config, seed, diff_rank_seed)
+    )
+
+
+def build_dataset(config: dict, training: bool = False) -> Dataset:
+    """Builds a data set that is counted and checked as `build_dataloader`'s are.
+
+    Args:
+        config: The data set's config.
+        training: See `build_dataloader`.
+
+    Raises:
+        DataError: See `build_dataloader`.
+    """
+    config = with_home(config)
+    return _checked(config, training, lambda: DATASETS.build(config))
+
+
+def _checked(
+    config: dict, training: bool, build: Callable[[], DataLoader | Dataset]
+) -> DataLoader | Dataset:
+    """What `build` makes of a data set's config, its files looked at before and it after."""
     files = {_annotations(one): one for one in _local_configs(config)}
     listed = {}
+    for one in unwrap(config):
+        check_class_names(one)
+        kind = _class_of(one)
+        if hasattr(kind, "COCOAPI"):
+            number_coco_by_name()
+        elif hasattr(kind, "_find_samples"):
+            number_folders_by_name()
     for path, one in files.items():
         # One process speaks for all, which it holds up until it is done.
-        if path and path.is_file() and _is_coco(one) and is_main_process():
-            steps = (step for step in one.get("pipeline", ()) if isinstance(step, dict))
-            masks = any(step.get("with_mask") for step in steps)
-            listed[path] = read_coco(path, masks_evaluated=masks and not training)
+        if path and path.is_file() and hasattr(_class_of(one), "COCOAPI") and is_main_process():
+            masks = _reads_masks(one)
+            content = listed[path] = read_coco(path, masks_evaluated=masks and not training)
+            classes, given = classes_of(one)
+            if content and classes:
+                try:
+                    check_categories(content.categories, classes, given)
+                except DataError as error:
+                    raise DataError(f"{path}: {error}") from error
+            if masks and content and content.shapeless == content.annotations > 0:
+                raise DataError(
+                    f"{path}: none of its {content.annotations} objects has a mask of three points "
+                    "or more (segmentation), and the model learns from masks. Give them masks, or "
+                    "take a model of boxes alone, such as Faster R-CNN."
+                )
+        elif path and path.is_file() and path.suffix == ".json" and is_main_process():
+            _check_own_names(path, one)
+    names = ", ".join(str(path or one.get("data_root")) for path, one in files.items())
     try:
-        loader = Runner.build_dataloader(config, seed, diff_rank_seed)
+        built = build()
     except (ValueError, LookupError, AssertionError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         if "need at least one array" in reason:
+            unused = sum((one.unused for one in listed.values() if one), Counter())
             reason = (
                 "nothing is left of it. Check the paths, the suffixes of the files, the classes' "
-                "names and filter_cfg."
+                f"names and filter_cfg.{_joined(' Left out: ', unused, 'objects')}"
             )
         if "nothing is left" in reason or "Found 0 files" in reason:
             roots = [Path(one.get("data_root") or ".") for one in files.values()]
@@ -80,14 +136,34 @@ def build_dataloader(
             outer = {parent for path in folders for parent in path.parents}
             found = _suffixes({path for path in folders if path.is_dir()} - outer)
             reason = f"{reason.rstrip('.')}. In its folders are: {_listed(found) or 'no files'}."
-        names = [str(path or one.get("data_root")) for path, one in files.items()]
-        raise DataError(f"no data loader for {', '.join(names)}: {reason}") from error
-    for dataset in base_datasets(loader.dataset):
+        raise DataError(f"no data loader for {names}: {reason}") from error
+    for dataset in base_datasets(built.dataset if isinstance(built, DataLoader) else built):
         if isinstance(dataset.pipeline, Compose):
             dataset.pipeline = CheckedPipeline(dataset, training)
         if is_main_process():
             _log_size(dataset, listed.get(Path(dataset.ann_file or "")))
-    return loader
+    return built
+
+
+def _check_own_names(path: Path, dataset: dict) -> None:
+    """Compares the classes of a list in mmengine's format with the config's, which replace them.
+
+    The labels are numbers in the file's own.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        # The data set itself says what it cannot read.
+        return
+    metainfo = content.get("metainfo") if isinstance(content, dict) else None
+    own = metainfo.get("classes") if isinstance(metainfo, dict) else None
+    classes, given = classes_of(dataset)
+    if given and own and classes and list(own) != classes:
+        raise DataError(
+            f"{path}: its labels are numbers of its own classes (metainfo), and the config gives "
+            f"others.\n  file: {names_of(own)}\n  config: {names_of(classes)}\n  Leave classes out "
+            "of the config, or give it the file's."
+        )
 
 
 def base_datasets(dataset: Dataset) -> Iterator[BaseDataset]:
@@ -102,32 +178,54 @@ def base_datasets(dataset: Dataset) -> Iterator[BaseDataset]:
 
 
 def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
-    """Logs how much of what a data set lists is used, and what is left out."""
+    """Logs how much of what a data set lists is used, and what is left out or filled in."""
     where = dataset.ann_file or ", ".join(str(p) for p in dataset.data_prefix.values() if p)
-    used, left_out = len(dataset), {}
+    used, left_out, filled = len(dataset), {}, {}
     text = f"{type(dataset).__name__} ({where}): "
     if hasattr(dataset, "get_len_per_video"):
         text += f"{used} videos"
     elif listed:
-        infos = (dataset.get_data_info(index) for index in range(used))
-        instances = sum(len(info.get("instances", ())) for info in infos)
-        text += f"{used} of {listed.images} images and {instances} of {listed.annotations} objects"
-        left_out = {
-            "images (smaller than filter_cfg allows, or without an object)": listed.images - used,
-            "objects (to be ignored, of another class, of no listed image, smaller than a pixel or "
-            "outside of their image)": listed.annotations - instances,
-            "masks without a polygon of three points, as crowds": listed.shapeless,
-        }
+        labels = Counter()
+        for index in range(used):
+            for instance in dataset.get_data_info(index).get("instances", ()):
+                labels[instance["bbox_label"], bool(instance.get("ignore_flag"))] += 1
+        objects = labels.total()
+        text += f"{used} of {listed.images} images and {objects} of {listed.annotations} objects"
+        left_out, filled = _left_out(dataset, listed, objects), listed.filled
+        if isinstance(dataset.pipeline, CheckedPipeline):
+            counted = {label: n for (label, ignored), n in labels.items() if not ignored}
+            dataset.pipeline.label_counts = Counter(counted)
     else:
         text += f"{used} images"
         if not dataset.ann_file and not getattr(dataset, "backend_args", None):
             count, named = _other_files(dataset)
             left_out = {f"other files in their folders{named}": count}
-    text += " are used"
-    left_out = [f"{count} {what}" for what, count in left_out.items() if count > 0]
-    if left_out:
-        text += f"; left out: {', '.join(left_out)}"
-    print_log(text, logger="current", level=logging.WARNING if left_out else logging.INFO)
+    text += f" are used{_joined('; left out: ', left_out)}{_joined('; filled in: ', filled)}"
+    unusual = any(left_out.values()) or bool(filled)
+    print_log(text, logger="current", level=logging.WARNING if unusual else logging.INFO)
+
+
+def _left_out(dataset: BaseDataset, listed: Listed, objects: int) -> dict[str, int]:
+    """What a data set leaves out of what a COCO file lists: how much for which reason."""
+    known = set(getattr(dataset, "cat_ids", None) or listed.categories)
+    others = {listed.categories.get(i, i): n for i, n in listed.objects.items() if i not in known}
+    left_out = {
+        "images (smaller than filter_cfg allows, or without an object)": listed.images
+        - len(dataset),
+        **{f"objects {reason}": count for reason, count in listed.unused.items()},
+        f"objects of categories that are not in classes ({names_of(others)})": sum(others.values()),
+    }
+    rest = listed.annotations - objects - listed.unused.total() - sum(others.values())
+    left_out["objects of images that are left out"] = rest
+    if any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms):
+        left_out["masks without a polygon of three points, as crowds"] = listed.shapeless
+    return {what: count for what, count in left_out.items() if count > 0}
+
+
+def _joined(before: str, counts: dict[str, int], what: str = "") -> str:
+    """Counts for a message, behind a text; nothing where there are none."""
+    parts = [f"{count} {what} {name}".replace("  ", " ") for name, count in counts.items() if count]
+    return before + ", ".join(parts) if parts else ""
 
 
 def _other_files(dataset: BaseDataset) -> tuple[int, str]:
@@ -162,18 +260,38 @@ def _listed(suffixes: Counter[str]) -> str:
 
 
 def _local_configs(config: dict) -> Iterator[dict]:
-    for dataset in unwrap(config.get("dataset")):
-        if isinstance(dataset, dict) and not dataset.get("backend_args"):
+    for dataset in unwrap(config):
+        if not dataset.get("backend_args"):
             yield dataset
 
 
-def _is_coco(dataset: dict) -> bool:
-    """Whether a data set's config is of mmdet's `CocoDataset`, or of a class made from it."""
+def _class_of(dataset: dict) -> type | None:
+    """The class that a data set's config names."""
     kind = dataset.get("type")
     if isinstance(kind, str):
         with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
             kind = registry.get(kind)
-    return hasattr(kind, "COCOAPI")
+    return kind
+
+
+def classes_of(dataset: dict) -> tuple[list[str] | None, bool]:
+    """The classes of a data set's config, and whether it gives them or upstream's class has them.
+
+    None where they are known from the data alone.
+    """
+    metainfo = dataset.get("metainfo")
+    classes = metainfo.get("classes") if isinstance(metainfo, dict) else None
+    classes = classes or dataset.get("classes")
+    if isinstance(classes, str):
+        # A file with a name in each line.
+        return (list_from_file(classes) if os.path.isfile(classes) else None), True
+    default = getattr(_class_of(dataset), "METAINFO", {}).get("classes")
+    return (list(classes), True) if classes else (list(default) if default else None, False)
+
+
+def _reads_masks(dataset: dict) -> bool:
+    steps = (step for step in dataset.get("pipeline", ()) if isinstance(step, dict))
+    return any(step.get("with_mask") for step in steps)
 
 
 def _annotations(dataset: dict) -> Path | None:
@@ -203,6 +321,8 @@ class CheckedPipeline(Compose):
         self.classes = len(dataset.metainfo.get("classes") or ())
         # Only mmseg's data sets give maps whose labels are those of `classes`.
         self.ignore_index = getattr(dataset, "ignore_index", None)
+        # How many objects of each label there are, where they were counted at the start.
+        self.label_counts: Counter | None = None
         # Data loaders' workers add to it too.
         self.left_out = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._in_a_row = 0
@@ -219,13 +339,33 @@ class CheckedPipeline(Compose):
         Raises:
             DataError: See the class.
         """
+        return self._apply(self.transforms, data)
+
+    def load_map(self, data: dict) -> np.ndarray | None:
+        """The labels of a sample's pixels, (H, W), as its pipeline loads them.
+
+        Args:
+            data: The sample's paths.
+
+        Returns:
+            The labels, None if the pipeline loads none in a way that is known.
+
+        Raises:
+            DataError: See the class.
+        """
+        loaders = [step for step in self.transforms if type(step).__name__ == "LoadAnnotations"]
+        if self.ignore_index is None or not loaders or not data.get("seg_map_path"):
+            return None
+        return self._apply(loaders, data)["gt_seg_map"]
+
+    def _apply(self, transforms: Sequence[Callable], data: dict) -> dict | None:
         file = str(data.get("img_path") or f"sample {data.get('sample_idx')}")
         if data.get("seg_map_path"):
             file += f" with {data['seg_map_path']}"
         step = "its annotations"
         try:
             self._check_label(data)
-            for transform in self.transforms:
+            for transform in transforms:
                 step = type(transform).__name__
                 before = set(data)
                 data = transform(data)
@@ -309,11 +449,21 @@ class CheckedPipeline(Compose):
             zero = " (one more in the file: reduce_zero_label)" * bool(
                 data.get("reduce_zero_label")
             )
+            palette = whole_file and _is_palette(path)
             raise DataError(
                 f"its annotation {path} has {int(counts.sum())} pixels of no class: labels "
                 f"{', '.join(map(str, labels[:8]))}{zero}. There are {self.classes} classes from 0 "
                 f"on, and {self.ignore_index} for none."
+                + " It is a picture with a palette, whose colours' numbers are read."
+                * palette
             )
+
+
+def _is_palette(path: str | None) -> bool:
+    if not path or not os.path.isfile(path):
+        return False
+    with Image.open(path) as image:
+        return image.mode == "P"
 
 
 def _is_cut(path: str) -> bool:

@@ -6,6 +6,7 @@ from mmengine.dist import get_rank
 from mmengine.runner import EpochBasedTrainLoop as EpochBased
 from mmengine.runner import IterBasedTrainLoop as IterBased
 
+from mmvmamba.engine.agreement import naming_single_values
 from mmvmamba.engine.seeds import is_resumable, seed_step
 from mmvmamba.registry import LOOPS
 
@@ -32,7 +33,8 @@ class EpochBasedTrainLoop(EpochBased):
         idx += self._done_before
         seed_step(self.runner.seed, self._iter, get_rank())
         self.epoch_iter = idx + 1
-        super().run_iter(idx, data_batch)
+        with naming_single_values():
+            super().run_iter(idx, data_batch)
 
 
 @LOOPS.register_module()
@@ -52,7 +54,8 @@ class IterBasedTrainLoop(IterBased):
     def run_iter(self, data_batch: dict) -> None:
         """Runs one step."""
         seed_step(self.runner.seed, self._iter, get_rank())
-        super().run_iter(data_batch)
+        with naming_single_values():
+            super().run_iter(data_batch)
 
 
 def _without_advancing(batches: Iterator, steps: int) -> Iterator:

@@ -17,7 +17,9 @@ from mmengine.runner import IterBasedTrainLoop as UpstreamIterBasedTrainLoop
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from mmvmamba.engine.agreement import AgreementHook, check_steps
 from mmvmamba.engine.checkpoint_hook import UNFINISHED, CheckpointHook
 from mmvmamba.engine.data_checks import LeftOutHook, build_dataloader
 from mmvmamba.engine.errors import UsageError
@@ -104,6 +106,7 @@ class StrictRunner(Runner):
             hooks["checkpoint"] = {**config, "type": CheckpointHook}
         super().register_default_hooks(hooks)
         self.register_hook(LeftOutHook())
+        self.register_hook(AgreementHook())
 
     def train(self) -> nn.Module:
         """Trains, from the beginning or from where the checkpoint to resume from was saved."""
@@ -158,7 +161,11 @@ class StrictRunner(Runner):
             elif kind in (UpstreamIterBasedTrainLoop, IterBasedTrainLoop):
                 loop["type"], start, by_epoch = IterBasedTrainLoop, meta.get("iter", 0), False
             self._train_dataloader = build_train_dataloader(loader, self.seed, start, by_epoch)
-        return super().build_train_loop(loop)
+        loop = super().build_train_loop(loop)
+        if isinstance(getattr(loop, "dataloader", None), DataLoader):
+            # Schedules are made for the steps, and their errors would be of no help.
+            check_steps(loop.dataloader)
+        return loop
 
     def build_param_scheduler(self, scheduler: _ParamScheduler | dict | list) -> list | dict:
         """Builds the schedulers, whose warm-up fits the training: see `fit_warm_up`."""

@@ -146,7 +146,7 @@ class PositionBatchSampler(Sampler):
         else:
             parts = {"sampler": self.sampler, "batch_size": batch_size}
             self.batches = DATA_SAMPLERS.build(batch_sampler, default_args=parts)
-        if not by_epoch and hasattr(sampler, "epoch"):
+        if not by_epoch and hasattr(sampler, "epoch") and len(self.batches):
             self.sampler.first_epoch, start = divmod(start, len(self.batches))
             self.sampler.set_epoch(0)
         self.start = start
