@@ -24,7 +24,7 @@ def quick_collections():
 @pytest.fixture
 def quick_configs(monkeypatch, quick_collections):
     """Loads equal configs once, and leaves them out of logs: the two take most of a start."""
-    load = cli.load_config
+    load = cli._load
 
     def load_once(name: str) -> Config:
         text = Path(name).read_text()
@@ -32,5 +32,5 @@ def quick_configs(monkeypatch, quick_collections):
             _LOADED[text] = load(name)
         return deepcopy(_LOADED[text])
 
-    monkeypatch.setattr(cli, "load_config", load_once)
+    monkeypatch.setattr(cli, "_load", load_once)
     monkeypatch.setattr(Config, "pretty_text", "")
