@@ -22,6 +22,7 @@ from mmvmamba.engine.checkpoint_hook import UNFINISHED
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.resume import check_resumable
 from mmvmamba.engine.runner import load_strictly, model_weights
+from mmvmamba.engine.schedules import fit_warm_up
 from mmvmamba.models.checkpoint import read_checkpoint
 from mmvmamba.models.layers import VSSBlock
 from mmvmamba.registry import STRATEGIES
@@ -83,6 +84,15 @@ class BlockwiseFSDPStrategy(FSDPStrategy):
         if getattr(built, "clip_func", None) is nn.utils.clip_grad_norm_:
             built.clip_func = _clip_over_processes(model)
         return built
+
+    def _build_param_scheduler(self, scheduler, optim_wrapper, default_args: dict) -> list:
+        """Builds the schedulers, whose warm-up fits the training as in any other runner."""
+        fitted, lines = fit_warm_up(
+            scheduler, default_args["max_iters"], default_args["epoch_length"]
+        )
+        for line in lines:
+            self.logger.warning(line)
+        return super()._build_param_scheduler(fitted, optim_wrapper, default_args)
 
     def save_checkpoint(self, filename: str, **kwargs) -> None:
         """Saves the whole model in one file, which appears under its name when it is whole."""

@@ -34,7 +34,8 @@ def fit_warm_up(
     Returns:
         The schedulers, and a line about each that was changed.
     """
-    schedulers = [schedulers] if isinstance(schedulers, dict) else list(schedulers or ())
+    if not isinstance(schedulers, list | tuple):
+        schedulers = [schedulers] if schedulers else []
     ends: dict[int, int] = {}
     kept, lines = [], []
     for one in schedulers:

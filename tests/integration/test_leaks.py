@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import os
 import random
 import statistics
 import sys
@@ -26,7 +27,11 @@ needs_glibc = pytest.mark.skipif(
 def record(run: str, steps: int, folder: Path, sample_data: Path, **environment) -> list[Sample]:
     """The samples of a run in a process of its own."""
     program, out = Path(__file__).with_name("leaks.py"), folder / "samples.jsonl"
-    run_python(program, run, str(steps), out, sample_data, cwd=folder, timeout=7200, **environment)
+    arguments = (program, run, str(steps), out, sample_data)
+    helpers = (str(program.parents[1]), os.environ.get("PYTHONPATH", ""))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, helpers))
+    # A fork would have libraries that have read the sizes of their caches already.
+    run_python(*arguments, cwd=folder, timeout=7200, cold=True, **environment)
     return Sample.read(out)
 
 
