@@ -372,9 +372,11 @@ def run_command(command: Callable[[], None], quiet: bool = False) -> None:
         command: The command.
         quiet: Leave out what models say of themselves as they are built.
     """
-    if quiet:
-        MMLogger.get_current_instance().setLevel("WARNING")
+    logger = MMLogger.get_current_instance()
+    level = logger.level
     try:
+        if quiet:
+            logger.setLevel("WARNING")
         command()
         finish_launch()
     except (ArgumentError, UsageError, CheckpointError, StackError) as error:
@@ -390,6 +392,8 @@ def run_command(command: Callable[[], None], quiet: bool = False) -> None:
             f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}. What was "
             "written before is whole: make room, and go on with --resume."
         )
+    finally:
+        logger.setLevel(level)
 
 
 def train_main() -> None:

@@ -92,7 +92,11 @@ def log():
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = MMLogger.get_current_instance()
     logger.addHandler(handler)
+    level = logger.level
+    # A quiet command of another test may have made this logger.
+    logger.setLevel(logging.INFO)
     yield lines
+    logger.setLevel(level)
     logger.removeHandler(handler)
 
 
