@@ -31,6 +31,8 @@ done
 cd "$PROJECT_DIR"
 if [[ -z $changed || ! -x $VENV/bin/pytest ]]; then bash tools/setup_env.sh; fi
 unset PYTHONPATH PYTHONHOME
+# Hundreds of processes import the project and its tests.
+unset PYTHONDONTWRITEBYTECODE
 export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
 
 hide_unusable_gpu

@@ -123,6 +123,8 @@ use_index_of_pip() {
     done < <("${PYTHON:-python3}" -m pip config list | grep -E '^(global|install|:env:)\.' | sed 's/^:/~/' | LC_ALL=C sort)
     # Any index may have the version, and the system's certificates count, as with pip.
     export UV_INDEX_STRATEGY=unsafe-best-match UV_SYSTEM_CERTS=1
+    # As pip does: where PYTHONDONTWRITEBYTECODE is set, every start would compile what it imports.
+    export UV_COMPILE_BYTECODE=1
 }
 
 # By uv, in a tenth of pip's time; where uv does not manage, by pip.
