@@ -33,8 +33,8 @@ FLOAT32 = """, rpn_head=dict(type="mmvmamba.Float32RPNHead"), roi_head=dict(
     bbox_roi_extractor=dict(type="mmvmamba.Float32RoIExtractor"),
     mask_roi_extractor=dict(type="mmvmamba.Float32RoIExtractor"),
 )"""
-BY_EPOCH = "type='EpochBasedTrainLoop', max_epochs={}, val_interval=4"
-BY_ITER = "type='IterBasedTrainLoop', max_iters={}, val_interval=8"
+BY_EPOCH = "type='EpochBasedTrainLoop', max_epochs={}, val_interval=2"
+BY_ITER = "type='IterBasedTrainLoop', max_iters={}, val_interval=4"
 
 
 class Training:

@@ -40,13 +40,15 @@ def killed(project, sample_data, folder, never_killed, name, processes, kills, s
     return hit
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+# Of classification, other tests use the training too.
+@pytest.mark.parametrize(("name", "steps"), [("mmdet", 8), ("mmpretrain", STEPS), ("mmseg", 8)])
 def test_a_killed_training_ends_as_if_it_had_not_been(
-    project, sample_data, tmp_path, never_killed, name
+    project, sample_data, tmp_path, never_killed, name, steps
 ):
-    killed(project, sample_data, tmp_path, never_killed, name, 1, 1, STEPS)
+    killed(project, sample_data, tmp_path, never_killed, name, 1, 1, steps)
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_is_started_again(project, sample_data, tmp_path, never_killed):
     killed(project, sample_data, tmp_path, never_killed, "mmpretrain", 2, 1, STEPS)
 
@@ -252,7 +254,9 @@ def losses(training: Training) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize(
+    "name", ["mmpretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdet", "mmseg"))]
+)
 def test_two_deterministic_runs_are_the_same(project, sample_data, tmp_path, name):
     """Of a config without a seed, with data loader workers."""
     curves = []

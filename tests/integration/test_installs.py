@@ -173,6 +173,7 @@ def assert_listed(output: str, project: Path) -> None:
     assert set(listed) == names(project)
 
 
+@pytest.mark.slow
 def test_a_wheel_with_openmim(in_wheel, checkout, weights, openmim, sample_data, tmp_path):
     call = functools.partial(mim, in_wheel, openmim, tmp_path)
 

@@ -72,7 +72,12 @@ STEPS = {"train": 2000, "infer": 5000}
 @needs_glibc
 @pytest.mark.parametrize(
     ("run", "steps"),
-    [("train-backbone", 60), ("infer-backbone", 150), ("train-mmseg", 60), ("infer-mmdet", 150)],
+    [
+        ("train-mmseg", 36),
+        ("infer-mmdet", 75),
+        pytest.param("train-backbone", 60, marks=pytest.mark.slow),
+        pytest.param("infer-backbone", 150, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_left_behind(run, steps, sample_data, tmp_path):
     samples = record(run, steps, tmp_path, sample_data, **SMALL_CACHES)

@@ -255,6 +255,7 @@ def test_libraries_of_devices_do_not_depend_on_one_another(nothing_built):
     assert "is not built" in extension.load()
 
 
+@pytest.mark.slow  # test_cuda_compile and test_cuda compile the same sources, in parts.
 def test_the_cuda_library_builds_and_loads_without_a_gpu(nothing_built, monkeypatch):
     try:
         nvcc = build.find_nvcc()

@@ -67,7 +67,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from 
 
 
 @linux
-@pytest.mark.parametrize(("what", "side"), [("forward", 2048), ("training", 1024)])
+@pytest.mark.parametrize(
+    ("what", "side"),
+    [
+        ("forward", 1024),
+        ("training", 1024),
+        pytest.param("forward", 2048, marks=pytest.mark.slow),
+    ],
+)
 def test_large_images_within_stated_memory(what, side):
     arguments = [{"arch": SMALL | changes} for changes, *_ in ARCHS.values()]
     one_map = SMALL["dims"] * (side // 4) ** 2 * 4 / 2**20

@@ -3,7 +3,7 @@
 pip-audit asks the advisory service of the package index. This is a report: whatever it finds, or
 cannot find out, the exit status is 0.
 
-usage: python tools/misc/audit.py requirements/stack.txt requirements/mmcv.txt
+usage: python tools/misc/audit.py requirements/stack.txt requirements/mmcv.txt requirements/uv.txt
 """
 
 import argparse
