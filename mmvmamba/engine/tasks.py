@@ -122,8 +122,16 @@ def enable_drawing(cfg: Config, show_dir: str | None, show: bool, wait_time: flo
         wait_time: Seconds that each picture stays in the window.
 
     Raises:
-        UsageError: If the config has no visualisation hook.
+        UsageError: If the config has no visualisation hook, or images that upstream's cannot draw.
     """
+    model = cfg.model.get("module", cfg.model)
+    channels = (model.get("backbone") or {}).get("in_channels", 3)
+    if channels > 4:
+        raise UsageError(
+            f"--show and --show-dir: the model's images have {channels} channels, and upstream's "
+            "hooks draw on photographs. Draw with tools/analysis_tools/visualize.py CONFIG "
+            "CHECKPOINT."
+        )
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if not hook:
         raise UsageError(

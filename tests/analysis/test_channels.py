@@ -16,6 +16,7 @@ from mmvmamba.analysis.subjects import find_subject, image_channels
 from mmvmamba.analysis.throughput import measure_case
 from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
+from mmvmamba.engine.tasks import enable_drawing
 from mmvmamba.models import VMamba
 from mmvmamba.registry import MODELS
 
@@ -105,6 +106,12 @@ def test_flops(segmentor):
     # Three by three, to four channels, at stride two.
     assert counted.params - fewer.params == (BANDS - 3) * 9 * 4
     assert counted.flops - fewer.flops == (BANDS - 3) * 9 * 4 * 32 * 32
+
+
+def test_upstreams_drawing_is_refused_with_what_draws(segmentor):
+    cfg = load_config(str(segmentor))
+    with pytest.raises(UsageError, match=r"13 channels.*visualize\.py"):
+        enable_drawing(cfg, "pictures", show=False, wait_time=0)
 
 
 def test_times_and_activations(segmentor, classifier):
