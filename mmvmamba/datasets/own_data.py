@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from mmvmamba.engine.class_names import near_name, names_of
+from mmvmamba.engine.class_names import names_of, near_name
 from mmvmamba.engine.coco_file import complete
 from mmvmamba.engine.errors import DataError, UsageError
 
@@ -347,9 +347,7 @@ def _coco_of_labelme(source: Path, options: Options) -> tuple[dict, dict[int, Pa
     images, annotations = [], []
     for number, one in enumerate(labelled, 1):
         width, height = one.size
-        images.append(
-            {"id": number, "file_name": str(one.name), "width": width, "height": height}
-        )
+        images.append({"id": number, "file_name": str(one.name), "width": width, "height": height})
         objects: dict[object, list[dict]] = {}
         for index, shape in enumerate(one.shapes):
             # Shapes of one label and group are parts of one object.
@@ -486,7 +484,7 @@ def _masks_of_labelme(source: Path, options: Options) -> tuple[list[str], list[M
     if options.classes is None and BACKGROUND in classes:
         classes.sort(key=lambda name: name != BACKGROUND)
     # What nobody painted is the background, or of no class if that is none.
-    numbers = {name: NO_CLASS for name in (*options.ignore, BACKGROUND)}
+    numbers = dict.fromkeys((*options.ignore, BACKGROUND), NO_CLASS)
     numbers |= {name: number for number, name in enumerate(classes)}
 
     def draw(one: Labelled) -> np.ndarray:
@@ -498,12 +496,10 @@ def _masks_of_labelme(source: Path, options: Options) -> tuple[list[str], list[M
     return classes, [Masked(one.file, one.name, lambda one=one: draw(one)) for one in labelled]
 
 
-def _read_masks(
-    images: Path, masks: Path, options: Options
-) -> tuple[list[str], list[Masked]]:
+def _read_masks(images: Path, masks: Path, options: Options) -> tuple[list[str], list[Masked]]:
     colours = _read_labelmap(masks.parent / "labelmap.txt")
     if colours:
-        found = {name: masks.parent / "labelmap.txt" for name in colours.values()}
+        found = dict.fromkeys(colours.values(), masks.parent / "labelmap.txt")
         if options.classes is not None and BACKGROUND not in options.classes:
             found.pop(BACKGROUND, None)
         classes = [name for name in found if name not in options.ignore]
@@ -558,8 +554,8 @@ def _read_mask(
     labels = np.array(mask)
     if labels.ndim != 2:
         raise DataError(
-            f"{file} is a picture of colours ({mode}), which have no names. Write {file.parent.parent}"
-            "/labelmap.txt with a line NAME:R,G,B:: for each colour."
+            f"{file} is a picture of colours ({mode}), which have no names. Write "
+            f"{file.parent.parent}/labelmap.txt with a line NAME:R,G,B:: for each colour."
         )
     values = np.unique(labels).tolist()
     if any(value >= len(classes) and value != NO_CLASS for value in values):
@@ -593,7 +589,7 @@ def _numbered(
         unknown = tuple(pixels[~known][0].tolist())
         raise DataError(
             f"{file}: the colour {unknown} is not in labelmap.txt, {int((~known).sum())} pixels "
-            "have none of its colours. Add a line for it, and save masks as PNG: JPEG blurs colours."
+            "have none of its colours. Add a line for it, and save masks as PNG: JPEG blurs them."
         )
     return labels
 

@@ -4,6 +4,7 @@
 import argparse
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +53,7 @@ def prepare(options: argparse.Namespace) -> None:
     given = Options(options.classes, options.ignore, options.val, options.seed)
     made = prepare_dataset(options.task, options.source, options.out, given)
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=f"{made.what} per class", title_justify="left")
+    table = Table(box=SIMPLE, title=f"{made.what} per class", title_justify="left")
     table.add_column("class")
     for split, number in made.images.items():
         table.add_column(f"{split}: {number} images", justify="right")
