@@ -186,15 +186,13 @@ def show(splits: Sequence[Split], problems: Sequence[str], console: Console) -> 
 
 
 def _distinct(splits: Sequence[Split]) -> Iterator[tuple[Split, str]]:
-    """The splits and their names; those of equal content, mostly val and test, as one."""
-    names: dict[str, list[str]] = {}
-    contents = {}
+    """The splits and their names; val and test of equal content as one."""
     for split in splits:
-        content = str(replace(split, name=""))
-        names.setdefault(content, []).append(split.name)
-        contents.setdefault(content, split)
-    for content, split in contents.items():
-        yield split, " and ".join(names[content])
+        others = {one.name: str(replace(one, name="")) for one in splits if one.name != "train"}
+        if split.name == "test" and others.get("val") == others["test"]:
+            continue
+        same = split.name == "val" and others.get("test") == others["val"]
+        yield split, "val and test" if same else split.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

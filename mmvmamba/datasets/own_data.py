@@ -240,7 +240,10 @@ def read_labelme(source: Path, ignore: Sequence[str]) -> list[Labelled]:
     if twice:
         raise DataError(f"{source} has more than one JSON for the image {twice[0]}.")
     if not found:
-        raise DataError(f"no JSON file of labelme's in {source}.")
+        raise DataError(
+            f"{source} has no JSON file of labelme's, no annotations/*.json of COCO's and no "
+            "folders images/ and masks/. docs/own_data.md lists what is read."
+        )
     without = len(set(find_pictures(source)) - {one.file for one in found})
     if without:
         _warn(f"{without} images in {source} have no JSON and are left out.")

@@ -167,7 +167,7 @@ def test_the_guide_leads_from_images_to_predictions(project, place):
         assert metric in said[f"test {config}"]
         shown = list((place / "pictures" / config[3:]).rglob("*.[jp][pn]g"))
         assert len(shown) == (3 if config == "my_classifier" else 2)
-    counts = r"bolt +{0} █+\s+nut +{0} █+\s+washer +{0} "
+    counts = r"bolt +{0} +█+\s+nut +{0} +█+\s+washer +{0} "
     report = said["check_dataset my_detector"]
     assert re.search(r"train: 8 images\s[\s─]*class +objects[\s─]+" + counts.format(8), report)
     assert re.search(
@@ -175,7 +175,7 @@ def test_the_guide_leads_from_images_to_predictions(project, place):
     )
     # 25 pixels a side, with the edges.
     assert re.search(rf"road +{8 * 625} .*\s+car +{8 * 625} ", said["check_dataset my_segmentor"])
-    assert re.search(r"ripe +4 █+\s+rotten +4 █+\s+unripe +4 ", said["check_dataset my_classifier"])
+    assert re.search(r"ripe +4 +█+\s+rotten +4 +█+\s+unripe +4 ", said["check_dataset my_classifier"])
     for folder in ("predicted", "segmented", "classified"):
         assert len(list((place / folder).glob("*.png"))) == 2
     assert len(list((place / "detected/vis").iterdir())) == 2
