@@ -4,10 +4,10 @@
 """
 
 import argparse
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mmengine
@@ -16,13 +16,14 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 from PIL import Image, UnidentifiedImageError
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from mmvmamba.analysis.montage import draw_montage
 from mmvmamba.analysis.pictures import training_samples
 from mmvmamba.engine.agreement import checks, class_number
-from mmvmamba.engine.class_counts import count_classes
+from mmvmamba.engine.class_counts import absent_classes, count_classes
 from mmvmamba.engine.cli import (
     add_config_arguments,
     build_runner,
@@ -53,6 +54,7 @@ class Split:
             height.
         object_sizes: The smallest, middle and largest objects, as the square root of their boxes'
             areas; empty where there are no boxes.
+        absent: Which classes never occur, and why; '' if all do.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Split:
     looked_at: int
     image_sizes: np.ndarray
     object_sizes: np.ndarray
+    absent: str
 
 
 def examine(cfg: Config) -> tuple[list[Split], list[str]]:
@@ -135,6 +138,7 @@ def _split(runner: Runner, name: str) -> Split:
         looked_at,
         np.percentile(sizes, (0, 50, 100), axis=0) if sizes else np.zeros((0, 2)),
         np.percentile(objects, (0, 50, 100)) if objects else np.zeros(0),
+        absent_classes(list(names), counts, bases) if what else "",
     )
 
 
@@ -156,10 +160,12 @@ def _image_size(info: dict) -> tuple[int, int] | None:
 
 def show(splits: Sequence[Split], problems: Sequence[str], console: Console) -> None:
     """Prints what `examine` returns."""
-    for split in splits:
+    for split, names in _distinct(splits):
         most = max(split.counts.values(), default=0) or 1
         seen = "" if split.looked_at >= split.images else f", counted in {split.looked_at}"
-        table = Table(title=f"{split.name}: {split.images} images{seen}", title_justify="left")
+        table = Table(
+            box=SIMPLE, title=f"{names}: {split.images} images{seen}", title_justify="left"
+        )
         table.add_column("class")
         table.add_column(split.what or "not counted", justify="right")
         table.add_column("")
@@ -171,10 +177,22 @@ def show(splits: Sequence[Split], problems: Sequence[str], console: Console) -> 
             if len(sizes):
                 shown = ["x".join(f"{side:.0f}" for side in np.atleast_1d(one)) for one in sizes]
                 console.print(f"{what}, smallest, middle, largest: {', '.join(shown)} pixels")
+        if split.absent:
+            console.print(split.absent, style="red", markup=False)
     for problem in problems:
         console.print(f"refused: {problem}", style="red", markup=False)
     if not problems:
         console.print("Nothing is refused.")
+
+
+def _distinct(splits: Sequence[Split]) -> Iterator[tuple[Split, str]]:
+    """The splits and their names; val and test of equal content as one."""
+    for split in splits:
+        others = {one.name: str(replace(one, name="")) for one in splits if one.name != "train"}
+        if split.name == "test" and others.get("val") == others["test"]:
+            continue
+        same = split.name == "val" and others.get("test") == others["val"]
+        yield split, "val and test" if same else split.name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,12 +214,15 @@ def _report(options: argparse.Namespace) -> None:
     cfg.work_dir, cfg.load_from, cfg.resume, cfg.launcher = str(folder), None, False, "none"
     cfg.log_level = "WARNING"
     console = Console(soft_wrap=True)
-    splits, problems = examine(cfg.copy())
+    with warnings.catch_warnings():
+        # Of the libraries about themselves.
+        warnings.simplefilter("ignore")
+        splits, problems = examine(cfg.copy())
     show(splits, problems, console)
     if not problems:
         mmengine.mkdir_or_exist(folder)
         files = []
-        for index, (path, image, annotated) in enumerate(islice(training_samples(cfg, 10), 10)):
+        for index, (path, image, annotated) in enumerate(training_samples(cfg, 10)):
             files.append(folder / f"{index:04d}_{path.stem}.png")
             Image.fromarray(np.hstack([image, annotated])).save(files[-1])
         sheet = folder / "samples.png"

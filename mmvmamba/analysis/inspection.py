@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmvmamba.analysis.pictures import build_loader, test_steps
 from mmvmamba.analysis.subjects import PEERS, find_subject, image_channels, is_config
+from mmvmamba.datasets.own_data import SUFFIXES
 from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.runner import load_strictly
@@ -27,9 +28,6 @@ from mmvmamba.models.checkpoint import (
     read_checkpoint,
     split_pretrained,
 )
-
-# Of the files that count as pictures in a folder: what OpenCV and Pillow read.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 # Of ImageNet's colours, from 0 to 1: what the configs of all three tasks and timm's models take.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -62,6 +62,9 @@ def draw_montage(
         axes = figure.add_subplot(grid[index // columns, index % columns])
         axes.imshow(image, interpolation="lanczos")
         axes.set_axis_off()
+        axes.set_anchor("N")
+        for part in range(1, len(headings)):
+            axes.axvline(part * image.shape[1] / len(headings) - 0.5, color="white", linewidth=4)
         if index < columns:
             for part, heading in enumerate(headings):
                 middle = (part + 0.5) / len(headings), 1.02

@@ -114,7 +114,8 @@ def training_samples(
 
     Args:
         cfg: The config, its data set where it is on this machine.
-        limit: How many images are wanted at most.
+        limit: How many images are wanted at most, from all over the data set, which may be sorted
+            by class.
 
     Yields:
         The image's file, the image after the pipeline, (H, W, 3), uint8, RGB, and the same with
@@ -131,7 +132,8 @@ def training_samples(
     dataset = build_dataset(cfg.train_dataloader.dataset, training=True)
     visualizer = build_visualizer(cfg, dataset.metainfo)
     rgb = _loads_rgb(first_dataset(cfg.train_dataloader).get("pipeline", ()))
-    for index in range(len(dataset) if limit is None else min(limit, len(dataset))):
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
         item = dataset[index]
         sample = item["data_samples"]
         image = as_picture(item["inputs"].numpy().transpose(1, 2, 0), rgb)

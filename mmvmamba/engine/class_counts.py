@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from mmengine.dataset import BaseDataset
@@ -58,7 +58,7 @@ def log_class_counts(dataset: Dataset, split: str, number: int | None) -> None:
             f"{len(names)} classes, from 0 on."
         )
     images = sum(map(len, bases))
-    none = [name for label, name in enumerate(names) if not counts[label]]
+    absent = absent_classes(names, counts, bases)
     text = f"{split}: {what} per class"
     if seen < images:
         text += f" in {seen} of {images} images, drawn at random"
@@ -66,10 +66,16 @@ def log_class_counts(dataset: Dataset, split: str, number: int | None) -> None:
         text += ": " + ", ".join(f"{name} {counts[i]}" for i, name in enumerate(names))
     else:
         least, most = min(counts.values(), default=0), max(counts.values(), default=0)
-        text += f": {len(names)} classes, {least if not none else 0} to {most} each"
-    if none:
-        text += f". Classes that never occur: {names_of(none)}.{_why(bases)}"
-    print_log(text, logger="current", level=logging.WARNING if none else logging.INFO)
+        text += f": {len(names)} classes, {0 if absent else least} to {most} each"
+    if absent:
+        text += f". {absent}"
+    print_log(text, logger="current", level=logging.WARNING if absent else logging.INFO)
+
+
+def absent_classes(names: Sequence, counts: Counter, datasets: list[BaseDataset]) -> str:
+    """Says which classes never occur, and why if that can be known; '' if all do."""
+    none = [name for label, name in enumerate(names) if not counts[label]]
+    return f"Classes that never occur: {names_of(none)}.{_why(datasets)}" if none else ""
 
 
 def count_classes(

@@ -63,7 +63,7 @@ def check_categories(categories: Mapping[int, str], classes: Sequence[str], give
     missing = [name for name in classes if name not in names]
     if missing and (given or len(missing) == len(classes)):
         raise DataError(
-            f"the file has no category {names_of(missing)}{_near(missing[0], names)}. Its "
+            f"the file has no category {names_of(missing)}{near_name(missing[0], names)}. Its "
             f"categories: {names_of(names)}; the config's classes: {names_of(classes)}. Set "
             "classes (metainfo=dict(classes=[...])) to the file's names, and num_classes to their "
             "number."
@@ -91,7 +91,7 @@ def _ids_of(classes: Sequence[str], categories: dict[int, dict]) -> list[int]:
     return [ids[name] for name in classes]
 
 
-def _near(name: object, names: Iterable[str]) -> str:
+def near_name(name: object, names: Iterable[str]) -> str:
     """The name that may be meant, for a message."""
     lower = {str(one).lower(): one for one in names}
     near = difflib.get_close_matches(str(name).lower(), lower, n=1)
@@ -186,7 +186,7 @@ def _check_folders(root: str, folders: list[str], classes: Sequence[str]) -> Non
     without = [name for name in classes if name not in folders]
     unknown = [name for name in folders if name not in classes]
     if without or unknown:
-        near = _near(without[0], unknown) if without else ""
+        near = near_name(without[0], unknown) if without else ""
         raise DataError(
             f"the folders in {root} are not those of classes. Classes without a folder: "
             f"{names_of(without)}{near}; folders of no class: {names_of(unknown)}. The folders: "
