@@ -32,9 +32,9 @@ from mmvmamba_kernels.backends.native import extension
 logger = logging.getLogger(__name__)
 
 # What torch's headers are written in.
-_STANDARD = "-std=c++20" if torch.__version__ >= (2, 14) else "-std=c++17"
+STANDARD = "-std=c++20" if torch.__version__ >= (2, 14) else "-std=c++17"
 _FLAGS = (
-    _STANDARD,
+    STANDARD,
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
@@ -46,7 +46,7 @@ _FLAGS = (
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
-_CUDA_FLAGS = (_STANDARD, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+_CUDA_FLAGS = (STANDARD, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 # Results below 1e-38 are taken for zero, which saves four instructions at every exponential.
 _KERNEL_FLAGS = ("-ftz=true",)
 # Of maps: the kernels' source is compiled for each.
