@@ -6,20 +6,21 @@ missing.
 """
 
 import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import pairwise
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 # Distribution -> (versions that work together, how to get one). The lowest and the newest of each
 # were tested (requirements/bounds.in). mmdet 3.3 and mmseg 1.2 refuse mmcv >= 2.2
 # (open-mmlab/mmcv#3096), and mmcv 2.0 compiles as C++14, which torch's headers refuse; a newer
 # mmengine breaks `package::config` inheritance.
 STACK = {
-    # 2.6 comes with Triton 3.2, which cannot compile the scan. 2.12 and 2.13 are untested; 2.14 is
-    # out of reach, since its headers need C++20 and mmcv 2.1 compiles as C++17.
-    "torch": (SpecifierSet(">=2.7,<2.12"), 'pip install "torch>=2.7,<2.12"'),
+    # 2.6 comes with Triton 3.2, which cannot compile the scan.
+    "torch": (SpecifierSet(">=2.7"), 'pip install "torch>=2.7,<2.15"'),
     # mmengine reads `package::config` names through pkg_resources.
     "setuptools": (SpecifierSet("<82"), 'pip install "setuptools<82"'),
     "mmengine": (SpecifierSet(">=0.10.5,<0.11"), 'pip install "mmengine>=0.10.5,<0.11"'),
@@ -35,14 +36,17 @@ STACK = {
 # What every use of mmvmamba imports; the others are needed for their own tasks only.
 REQUIRED = ("torch", "mmengine", "mmcv")
 
+# What no test has seen and nothing is known to be wrong with: a warning.
+TESTED = {"torch": SpecifierSet("<2.15")}
+
 # As in pyproject.toml, for a checkout that is not installed.
-PYTHON = SpecifierSet(">=3.10,<3.13")
+PYTHON = SpecifierSet(">=3.10,<3.14")
 # What works outside its window, but not everywhere: only `python -m mmvmamba.doctor` speaks of it.
 # Distribution -> (versions, how to get one, what does not work with others).
 ADVISED = {
     "torch": (
         SpecifierSet(">=2.10"),
-        'pip install "torch>=2.10,<2.12"',
+        'pip install "torch>=2.10,<2.15"',
         "a checkpoint made for it can run code on earlier ones (CVE-2026-24747)",
     ),
     "numpy": (
@@ -96,8 +100,20 @@ def stack_problems() -> list[str]:
     return [f"{text}: {STACK[name][1]}" for name, text in problems.items() if text]
 
 
+def untested(name: str) -> str | None:
+    """What to say of a package that is newer than what tests were run with, else None."""
+    found, window = installed_version(name), TESTED.get(name, SpecifierSet())
+    # A local part (2.14.1+cpu) and a release candidate count as their release.
+    if found is None or window.contains(Version(found).base_version):
+        return None
+    return (
+        f"{name} {found} is newer than what mmvmamba was tested with ({window}). Where something "
+        f"fails: {STACK[name][1]}"
+    )
+
+
 def check_stack() -> None:
-    """Refuses a stack that cannot work.
+    """Refuses a stack that cannot work, and warns of one that is newer than the tested ones.
 
     Raises:
         StackError: With a line per package that does not fit.
@@ -105,6 +121,8 @@ def check_stack() -> None:
     problems = stack_problems()
     if problems:
         raise StackError("\n  ".join(["the installed packages do not fit together.", *problems]))
+    for text in filter(None, map(untested, TESTED)):
+        warnings.warn(text, stacklevel=2)
 
 
 def imported_for(module: str) -> bool:

@@ -117,13 +117,15 @@ def check_packages() -> Iterator[Finding]:
             "error",
             python,
             f"mmvmamba needs {compat.PYTHON}",
-            "PYTHON=python3.12 bash tools/setup_env.sh",
+            "PYTHON=python3.13 bash tools/setup_env.sh",
         )
     yield Finding("mmvmamba", "ok", f"{__version__}, {Path(__file__).parent}")
     for name, (window, command) in compat.STACK.items():
         found, problem = compat.installed_version(name), compat.stack_problem(name)
         if problem:
             yield Finding(name, "error", found or "not installed", problem, command)
+        elif found and compat.untested(name):
+            yield Finding(name, "warning", found, compat.untested(name), command)
         elif found:
             yield Finding(name, "ok", f"{found} ({window})")
         elif name in TASKS:

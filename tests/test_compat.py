@@ -28,6 +28,17 @@ def test_a_wrong_version_is_named_with_the_command_that_mends_it(monkeypatch, pa
         compat.check_stack()
 
 
+@pytest.mark.parametrize(("found", "warns"), [("2.14.9+cu130", False), ("2.15.0a0", True)])
+def test_a_newer_torch_is_a_warning(monkeypatch, recwarn, found, warns):
+    real = importlib.metadata.version
+    monkeypatch.setattr(compat, "version", lambda name: found if name == "torch" else real(name))
+    compat.check_stack()
+    texts = [str(w.message) for w in recwarn]
+    assert [f"torch {found} is newer" in text and "pip install" in text for text in texts] == (
+        [True] if warns else []
+    )
+
+
 def test_only_required_packages_must_be_installed(monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)

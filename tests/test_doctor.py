@@ -83,6 +83,12 @@ def test_what_is_advised_is_a_warning(monkeypatch, package, version):
     assert str(compat.ADVISED[package][0]) in found.problem
 
 
+def test_what_no_test_has_seen_is_a_warning(monkeypatch):
+    pretend_version(monkeypatch, "torch", "2.15.0")
+    found = [f for f in doctor.check_packages() if f.check == "torch"]
+    assert [(f.status, f.command) for f in found] == [("warning", compat.STACK["torch"][1])]
+
+
 def test_a_task_that_is_not_installed_is_no_fault(monkeypatch):
     pretend_version(monkeypatch, "mmpretrain", None)
     findings = {f.check: f for f in doctor.examine()}

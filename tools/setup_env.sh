@@ -89,7 +89,7 @@ END
 }
 
 usable_python() {
-    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
 # uv finds a Python that fits, or gets one; where uv cannot be had, python3 has to fit.
@@ -98,10 +98,10 @@ make_venv() {
     "$UV" --version || "$python" -m pip install --upgrade --target "$UV_FOLDER" \
         --no-deps --require-hashes --only-binary :all: -r requirements/uv.txt || true
     # Cleared: another Python's leftovers would be found before the new one's packages.
-    UV_PYTHON_INSTALL_DIR=$CACHE/python "$UV" venv --clear --python "${PYTHON:->=3.10,<3.13}" "$VENV" ||
+    UV_PYTHON_INSTALL_DIR=$CACHE/python "$UV" venv --clear --python "${PYTHON:->=3.10,<3.14}" "$VENV" ||
         "$python" -m venv --clear "$VENV" || rm -rf "$VENV"
     usable_python "$VENV/bin/python" ||
-        fail "no Python 3.10 to 3.12 with venv: PYTHON=$python is $("$python" -V 2>&1 || echo 'none that runs'). Install one (Debian and Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev), or set PYTHON=/path/to/python."
+        fail "no Python 3.10 to 3.13 with venv: PYTHON=$python is $("$python" -V 2>&1 || echo 'none that runs'). Install one (Debian and Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev), or set PYTHON=/path/to/python."
 }
 
 # Makes uv use the index that pip was told of.
@@ -138,10 +138,12 @@ install_stack() {
 }
 
 check_compiler() {
-    local cxx=${CXX:-c++} include
+    local cxx=${CXX:-c++} standard=c++17 include
+    # Those of torch's headers.
+    [[ $(printf '2.14\n%s\n' "$(pinned torch "$REQUIREMENTS")" | sort -V | head -n 1) != 2.14 ]] || standard=c++20
     printf '#include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n' |
-        "$cxx" -std=c++17 -x c++ - -o /dev/null >/dev/null 2>&1 ||
-        fail "no working C++17 compiler ($cxx). mmcv's operators are compiled here once: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
+        "$cxx" -std=$standard -x c++ - -o /dev/null >/dev/null 2>&1 ||
+        fail "no working ${standard^} compiler ($cxx). mmcv's operators are compiled here once: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX."
     include=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
     [[ -f $include/Python.h ]] ||
         fail "$include/Python.h is missing, which compiling mmcv's operators needs: install Python's headers (Debian and Ubuntu: apt-get install python3-dev for this version), or set PYTHON to another Python."
@@ -174,11 +176,15 @@ accelerator() {
 # not compiled again.
 build_mmcv() {
     local folder=$1 source=$1/source
+    export PYTHONPATH=$TOOLS_DIR/misc/mmcv_build
     if [[ ! -d $source ]]; then
         mkdir -p "$folder"
         "$VENV/bin/python" -m pip download --no-deps --no-build-isolation --no-binary mmcv \
             --require-hashes -r requirements/mmcv.txt -d "$folder"
         tar -xzf "$folder"/mmcv-*.tar.gz -C "$folder"
+        # Its setup.py asks for C++17, which torch 2.14's headers refuse; torch itself asks for what
+        # its headers need.
+        sed -i.orig "s/\['-std=c++17'\]/[]/" "$folder"/mmcv-*/setup.py
         mv "$folder"/mmcv-*/ "$source"
     fi
     if [[ $ACCELERATOR == cpu ]]; then

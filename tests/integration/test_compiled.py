@@ -34,7 +34,8 @@ def test_a_compiled_training(name, backend, project, sample_data, tmp_path, monk
     arguments = [*command_line(task, project, sample_data, tmp_path), f"compile.backend={backend}"]
     if name == "mmpretrain":
         # The other tasks' necks need four stages.
-        arguments += ["model.backbone.arch.depths=(1,)", "model.head.in_channels=16"]
+        arguments += ["model.backbone.arch.depths=(1,)", "model.backbone.out_indices=(0,)"]
+        arguments += ["model.head.in_channels=16"]
     cli.train(cli.parse_train_arguments(arguments))
     # Once, for the training and its validation.
     assert [(name, options["backend"]) for name, options in compiled] == [("VMamba", backend)]

@@ -66,8 +66,9 @@ def make_environment(folder: Path) -> Path:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(run(python, "-c", code, cwd=folder).stdout.strip())
     # A folder named in a .pth file is searched, while .pth files within it, such as those of an
-    # editable install, are not read.
-    (site / "stack.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # editable install, are not read; setuptools' own gives Python 3.12 and later their distutils.
+    shim = "import _distutils_hack; _distutils_hack.add_shim()"
+    (site / "stack.pth").write_text(f"{sysconfig.get_path('purelib')}\n{shim}\n")
     return python
 
 

@@ -93,7 +93,7 @@ def build_emulation(folder):
         f"-I{EMULATION}",
         *build._torch_flags(),
         *("-DMMVMAMBA_LIBRARY=mmvmamba_cuda_on_cpu", "-DMMVMAMBA_DEVICE=CPU"),
-        *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
+        *(build.STANDARD, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
     )
     units = [
         # PyTorch's headers take most of the time; what runs long is in the kernels.
@@ -469,7 +469,7 @@ def test_threads_that_do_not_meet_are_noticed(tmp_path):
         "}\n"
     )
     program = tmp_path / "program"
-    command = [*build.find_compiler(), f"-I{EMULATION}", "-std=c++17", str(source)]
+    command = [*build.find_compiler(), f"-I{EMULATION}", build.STANDARD, str(source)]
     build._run([*command, str(EMULATION / "device.cpp"), "-o", str(program)])
     assert subprocess.run([program]).returncode == 3
 

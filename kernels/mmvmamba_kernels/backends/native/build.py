@@ -1,7 +1,7 @@
 """Build the compiled libraries; ``python -m mmvmamba_kernels.build`` is the command.
 
-The library for the CPU needs a C++17 compiler (GCC 9 or Clang 10 and later) and the headers that
-come with PyTorch, no GPU and no other package. With ``--cuda`` the one for NVIDIA GPUs is built as
+The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later), from PyTorch 2.14 on
+for C++20 (GCC 11, Clang 14), and the headers that come with PyTorch, no GPU and no other package. With ``--cuda`` the one for NVIDIA GPUs is built as
 well, which needs nvcc of the CUDA version that PyTorch was built with, and no GPU either. Libraries
 go into the package, or into the user's cache where the package's folder cannot be written.
 """
@@ -31,8 +31,10 @@ from mmvmamba_kernels.backends.native import extension
 
 logger = logging.getLogger(__name__)
 
+# What torch's headers are written in.
+STANDARD = "-std=c++20" if torch.__version__ >= (2, 14) else "-std=c++17"
 _FLAGS = (
-    "-std=c++17",
+    STANDARD,
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
@@ -44,7 +46,7 @@ _FLAGS = (
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 
-_CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+_CUDA_FLAGS = (STANDARD, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 # Results below 1e-38 are taken for zero, which saves four instructions at every exponential.
 _KERNEL_FLAGS = ("-ftz=true",)
 # Of maps: the kernels' source is compiled for each.
