@@ -1,5 +1,6 @@
 """What train.py and test.py make of their command lines, and how they refuse what cannot work."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import warm
 
-from mmvmamba.engine import cli
+from mmvmamba.engine import cli, launch
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.launch import main
 from mmvmamba.engine.processes import check_gpus, prepare_launch, process_place
@@ -125,6 +126,22 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="3 processes .* 2 GPUs"):
         prepare_launch("pytorch")
+
+
+def test_the_cores_are_shared_by_the_processes(monkeypatch):
+    found = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
+    monkeypatch.setattr(launch.agent, "install", lambda: None)
+    monkeypatch.setattr(launch.torchrun, "run", lambda _: found.update(os.environ))
+    for processes, threads in ((1, "7"), (3, "2"), (9, "1")):
+        monkeypatch.setattr(os, "environ", {})
+        main([f"--nproc_per_node={processes}", "train.py"])
+        assert found["OMP_NUM_THREADS"] == threads
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "5"})
+    main(["--nproc_per_node=3", "train.py"])
+    assert found["OMP_NUM_THREADS"] == "5"
 
 
 def test_any_number_of_processes_without_a_gpu(monkeypatch):
