@@ -61,6 +61,14 @@ def test_the_data_root_can_be_a_config_option_too(train_config, sample_data):
     assert cfg.train_dataloader.dataset.data_root.rstrip("/") == str(sample_data / "imagenet")
 
 
+@pytest.mark.parametrize("found", [None, "/elsewhere/imagenet"])
+def test_where_data_were_found_is_said(monkeypatch, found):
+    monkeypatch.setattr(cli, "find_data", lambda *_: found)
+    notices = cli.load_config_and_data(CONFIG).get(cli.NOTICES) or []
+    said = [notice for notice in notices if notice.startswith("data found")]
+    assert said == ([f"data found at {found}."] if found else [])
+
+
 def test_the_work_directory_defaults_to_the_configs_name(sample_data):
     root = ["--data-root", str(sample_data / "imagenet")]
     cfg = cli.train_config(cli.parse_train_arguments([CONFIG, *root]))
