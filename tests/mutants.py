@@ -1,14 +1,16 @@
 """Mutants: faults put into the code one at a time, to see whether the tests notice.
 
     python tests/mutants.py make
-    python tests/mutants.py run --tree PATH --out new.jsonl [--jobs 2] [--seconds 60]
-    python tests/mutants.py run --tree OLD --out old.jsonl --only-survivors-of new.jsonl
-    python tests/mutants.py table old.jsonl new.jsonl
+    python tests/mutants.py run --out FILE [--tree CHECKOUT] [--jobs 2]
+    python tests/mutants.py run --out FILE --only ID --tests 'TRITON_INTERPRET=1 tests/... -k name'
+    python tests/mutants.py table FILE
 
 `make` writes data/mutants.json: places chosen by a seed, more in larger files. Each is kept as a
 piece of the file and what stands there instead, so that it is found again where code has moved.
-`run` goes on where it was interrupted. It works on copies of the last commit of a checkout, in
-processes that are forked from one that has imported what takes long.
+There each mutant also has the test that notices it ("tests", of an earlier run) or why none does
+("reason"). `run` runs that test, or those that are nearest to the code where there is none. It goes
+on where it was interrupted, and works on copies of the last commit of a checkout, in processes that
+are forked from one that has imported what takes long.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +32,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import affected
 
@@ -286,25 +290,30 @@ def find(mutant: dict[str, str], root: Path) -> Path | None:
 
 
 class Recorder:
-    """A plugin of pytest that writes down the test that runs and the first one that fails."""
+    """A plugin of pytest that writes down how many tests ran, the last, and the first failed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.seen: dict[str, object] = {"ran": 0}
+
+    def note(self, **seen: object) -> None:
+        self.seen |= seen
+        self.path.write_text(json.dumps(self.seen))
 
     def pytest_runtest_logstart(self, nodeid):
-        self.path.write_text(json.dumps({"runs": nodeid}))
+        self.note(runs=nodeid)
 
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self._failed(report)
+        if report.when == "call" and not report.skipped:
+            self.note(ran=self.seen["ran"] + 1)
+        self._failed(report)
 
     def pytest_collectreport(self, report):
-        if report.failed:
-            self._failed(report)
+        self._failed(report)
 
     def _failed(self, report):
-        if not self.path.exists() or "failed" not in json.loads(self.path.read_text()):
-            self.path.write_text(json.dumps({"failed": report.nodeid}))
+        if report.failed and "failed" not in self.seen:
+            self.note(failed=report.nodeid)
 
 
 def _end_group(leader: int) -> None:
@@ -312,10 +321,25 @@ def _end_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
+class Outcome(NamedTuple):
+    """Of a run of tests."""
+
+    passed: bool
+    late: bool
+    by: str
+    """The test that failed or ran last."""
+    ran: int
+    """Tests that were not skipped."""
+    seconds: float
+    """Of CPU."""
+
+
 class Workplace:
     """A copy of a checkout's last commit, in which mutants are made and tests run."""
 
     def __init__(self, tree: Path, folder: Path) -> None:
+        folder.mkdir()
+        self.tree = tree
         self.root = folder / "tree"
         self.record = folder / "record.json"
         self.log = folder / "log"
@@ -331,8 +355,8 @@ class Workplace:
             shutil.copytree(tree / "mmvmamba/.mim", self.root / "mmvmamba/.mim", symlinks=True)
         self.uses = affected.Uses(self.root)
 
-    def remove(self, tree: Path) -> None:
-        git = ["git", "-C", str(tree), "worktree", "remove", "--force", str(self.root)]
+    def remove(self) -> None:
+        git = ["git", "-C", str(self.tree), "worktree", "remove", "--force", str(self.root)]
         subprocess.run(git, check=True)
 
     def write(self, path: Path, text: str) -> None:
@@ -345,17 +369,18 @@ class Workplace:
         paths = os.pathsep.join([str(self.root), str(self.root / "kernels")])
         return {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "-1"}
 
-    def run(self, test: str, seconds: float) -> tuple[str, str, float]:
-        """Runs a test or a file of tests, up to the first failure.
+    def run(self, tests: str, seconds: float) -> Outcome:
+        """Runs tests up to the first failure.
 
-        Returns:
-            `passed`, `failed` or `late`; the test that did it; and the seconds of CPU it took.
+        Args:
+            tests: Arguments of pytest, as a shell takes them.
+            seconds: Of CPU, about. Twice as many by the clock, and 30, are the limit.
         """
         self.record.unlink(missing_ok=True)
         process = os.fork()
         if not process:
             try:
-                self._test(test)
+                self._test(tests)
             finally:
                 os._exit(70)
         # On a machine with other work everything takes longer by the clock.
@@ -375,16 +400,13 @@ class Workplace:
             # What tests leave behind too, and the test itself where this run is interrupted.
             _end_group(process)
         seen = json.loads(self.record.read_text()) if self.record.exists() else {}
-        used = usage.ru_utime + usage.ru_stime
-        if "failed" in seen:
-            return "failed", seen["failed"], used
-        if late:
-            return "late", seen.get("runs", test), used
         # Tests that end the process fail too; none collected or all deselected is no failure.
-        outcome = seen.get("status")
-        return ("passed" if outcome in (0, 5) else "failed"), seen.get("runs", test), used
+        passed = seen.get("status") in (0, 5) and "failed" not in seen
+        by = seen.get("failed") or seen.get("runs") or tests
+        used = usage.ru_utime + usage.ru_stime
+        return Outcome(passed, late and "failed" not in seen, by, seen.get("ran", 0), used)
 
-    def _test(self, test: str) -> None:
+    def _test(self, tests: str) -> None:
         import pytest
 
         os.setsid()
@@ -392,34 +414,45 @@ class Workplace:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.chdir(self.root)
+        _, options = _words(tests)
         os.environ.update(self.environment())
         sys.path[:] = [str(self.root), str(self.root / "kernels"), *sys.path[1:]]
         sys.modules.pop("affected", None)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+        options += ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
         recorder = Recorder(self.record)
-        status = pytest.main([*options, test], plugins=[recorder])
-        seen = json.loads(self.record.read_text()) if self.record.exists() else {}
-        self.record.write_text(json.dumps({**seen, "status": int(status)}))
+        recorder.note(status=int(pytest.main(options, plugins=[recorder])))
         os._exit(0)
 
 
+def _words(tests: str) -> tuple[dict[str, str], list[str]]:
+    """Variables and arguments of a selection of tests."""
+    words = shlex.split(tests)
+    number = next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word))
+    return dict(word.split("=", 1) for word in words[:number]), words[number:]
+
+
+def nearest(place: Workplace, file: str) -> list[str]:
+    """The test files that a file can affect, nearest first, those that start processes last."""
+    distances = place.uses.distances([file])
+    return sorted(distances, key=lambda t: (distances[t], t.startswith(HEAVY), t))
+
+
 def judge(
-    mutant: dict[str, str], place: Workplace, seconds: float, known: dict[str, dict]
+    mutant: dict[str, str],
+    place: Workplace,
+    seconds: float,
+    chosen: list[str],
+    clean: dict[str, bool],
 ) -> dict[str, object]:
-    """Runs the tests that a mutant can reach, nearest and cheapest first, until one notices."""
-    result = {"id": mutant["id"], "file": mutant["file"], "operator": mutant["operator"]}
+    """Runs chosen tests, else those that a mutant can reach, until one notices it."""
+    result = {"id": mutant["id"], "file": mutant["file"]}
     path = find(mutant, place.root)
     if path is None:
         return {**result, "verdict": "gone"}
-    name = path.relative_to(place.root).as_posix()
-    distances = place.uses.distances([name])
-    costs = known["seconds"]
-    tests = sorted(
-        distances, key=lambda t: (distances[t], t.startswith(HEAVY), costs.get(t, 10.0), t)
-    )
+    tests = chosen or nearest(place, path.relative_to(place.root).as_posix())
     original = path.read_text()
     mutated = original.replace(mutant["find"], mutant["replace"])
-    used = 0.0
+    used, ran = 0.0, 0
     try:
         place.write(path, mutated)
         if "csrc" in path.parts and "cuda" not in path.parts:
@@ -430,23 +463,27 @@ def judge(
             if done.returncode:
                 return {**result, "verdict": "killed", "by": "the compiler"}
         for number, test in enumerate(tests):
-            if used >= seconds:
+            if used >= seconds and not chosen:
                 left = len(tests) - number
-                return {**result, "verdict": "stopped", "seconds": round(used), "left": left}
-            outcome, by, cost = place.run(test, seconds - used)
-            used += cost
-            if outcome == "passed":
-                costs[test] = cost
+                return {**result, "verdict": "undecided", "seconds": round(used), "left": left}
+            outcome = place.run(test, seconds)
+            used += outcome.seconds
+            ran += outcome.ran
+            if outcome.passed:
                 continue
-            # The test must pass without the mutant, or it says nothing.
-            if by not in known["clean"]:
+            # The one test must fail alone too, and pass without the mutant, or it says nothing.
+            variables, _ = _words(test)
+            by = shlex.join([*(f"{k}={v}" for k, v in variables.items()), outcome.by])
+            if by != test and place.run(by, seconds).passed:
+                continue
+            if by not in clean:
                 place.write(path, original)
-                known["clean"][by] = place.run(by, 2 * seconds)[0]
+                clean[by] = place.run(by, seconds).passed
                 place.write(path, mutated)
-            if known["clean"][by] == "passed":
-                how = "killed" if outcome == "failed" else "timeout"
-                return {**result, "verdict": how, "by": by, "seconds": round(used)}
-        return {**result, "verdict": "survived", "seconds": round(used), "files": len(tests)}
+            if clean[by]:
+                late = {"late": True} if outcome.late else {}
+                return {**result, "verdict": "killed", "by": by, "seconds": round(used), **late}
+        return {**result, "verdict": "survived", "seconds": round(used), "ran": ran}
     finally:
         place.write(path, original)
 
@@ -458,78 +495,91 @@ def read_results(path: Path) -> dict[str, dict]:
     return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
 
 
-def killed(result: dict) -> bool:
-    return result["verdict"] in ("killed", "timeout")
-
-
 def run(options: argparse.Namespace) -> None:
-    mutants = json.loads(MUTANTS.read_text())
-    if options.only:
-        mutants = [mutant for mutant in mutants if mutant["id"] in options.only]
-    if options.only_survivors_of:
-        others = read_results(options.only_survivors_of)
-        mutants = [m for m in mutants if m["id"] in others and not killed(others[m["id"]])]
+    mutants = [
+        mutant
+        for mutant in json.loads(MUTANTS.read_text())
+        if (mutant["id"] in options.only if options.only else "reason" not in mutant)
+    ]
     done = read_results(options.out)
     mutants = [mutant for mutant in mutants if mutant["id"] not in done]
     say(f"{len(mutants)} mutants to run, {len(done)} done before")
-    for module in WARM:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    tree = options.tree.resolve()
     # To an end with everything that this began.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Triton is imported with the variable that it reads then.
+    groups = defaultdict(list)
+    for mutant in mutants:
+        tests = options.tests or [mutant.get("tests", "tests")]
+        groups[tests[0][: tests[0].index("tests")]].append(mutant)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        workers = []
-        for number in range(options.jobs):
-            worker = Path(folder) / str(number)
-            worker.mkdir()
-            place = Workplace(tree, worker)
-            process = os.fork()
-            if not process:
-                try:
-                    _work(mutants[number :: options.jobs], place, options)
-                finally:
-                    # What the interpreter does at its end is the parent's.
-                    os._exit(0)
-            workers.append((process, place))
+        places = [
+            Workplace(options.tree.resolve(), Path(folder, str(n))) for n in range(options.jobs)
+        ]
         try:
-            for process, _ in workers:
-                os.waitpid(process, 0)
+            for variables, group in groups.items():
+                _run_group(group, places, _words(f"{variables} tests")[0], options)
         finally:
-            for process, place in workers:
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                    os.kill(process, signal.SIGTERM)
-                    os.waitpid(process, 0)
-                place.remove(tree)
+            for place in places:
+                place.remove()
+
+
+def _run_group(
+    mutants: list[dict[str, str]],
+    places: list[Workplace],
+    variables: dict[str, str],
+    options: argparse.Namespace,
+) -> None:
+    workers = []
+    for number, place in enumerate(places):
+        worker = os.fork()
+        if not worker:
+            try:
+                os.environ.update(variables)
+                for module in WARM:
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(module)
+                _work(mutants[number :: len(places)], place, options)
+            finally:
+                # What the interpreter does at its end is the parent's.
+                os._exit(0)
+        workers.append(worker)
+    try:
+        for worker in workers:
+            os.waitpid(worker, 0)
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(worker, signal.SIGTERM)
+                os.waitpid(worker, 0)
 
 
 def _work(mutants: list[dict[str, str]], place: Workplace, options: argparse.Namespace) -> None:
-    known: dict[str, dict] = {"seconds": {}, "clean": {}}
+    clean: dict[str, bool] = {}
     for number, mutant in enumerate(mutants):
-        result = judge(mutant, place, options.seconds, known)
+        chosen = options.tests or ([mutant["tests"]] if "tests" in mutant else [])
+        result = judge(mutant, place, options.seconds, chosen, clean)
         with options.out.open("a") as out:
             out.write(json.dumps(result) + "\n")
         said = [f"{number + 1}/{len(mutants)}", mutant["id"], result["verdict"]]
         say(*said, result.get("by", ""), f"{result.get('seconds', 0)} s")
 
 
-def table(old: dict[str, dict], new: dict[str, dict]) -> str:
-    """Markdown: for each part of the code what the new suite kills, and the old one of the rest."""
+def table(results: dict[str, dict]) -> str:
+    """Markdown: for each part of the code what the tests kill, and what survives for a reason."""
+    columns = ("mutants", "killed", "survive for a reason", "survived", "undecided", "gone")
     rows = defaultdict(Counter)
-    for name, result in new.items():
-        file = result["file"]
-        part = "csrc" if "/csrc/" in file else file.split("/")[0]
-        part = f"{part}, shell" if file.endswith(".sh") else part
+    for mutant in json.loads(MUTANTS.read_text()):
+        file = mutant["file"]
+        part = "C++ and CUDA" if "/csrc/" in file else f"`{file.split('/')[0]}/`"
+        part = "shell scripts" if file.endswith(".sh") else part
+        verdict = results.get(mutant["id"], {"verdict": "undecided"})["verdict"]
         for row in (part, "all"):
-            rows[row]["all"] += 1
-            before = old.get(name, {"verdict": "not run"})
-            found = "killed" if killed(result) else "by the old alone" if killed(before) else "none"
-            rows[row]["gone" if result["verdict"] == "gone" else found] += 1
-    lines = ["| code | mutants | killed | by the old suite alone | by neither | code is gone |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
-    for part in sorted(rows, key=lambda row: (row == "all", row)):
-        numbers = (rows[part][key] for key in ("all", "killed", "by the old alone", "none", "gone"))
-        lines.append(f"| {part} | " + " | ".join(map(str, numbers)) + " |")
+            rows[row]["mutants"] += 1
+            rows[row]["survive for a reason" if "reason" in mutant else verdict] += 1
+    columns = [column for column in columns if rows["all"][column]]
+    lines = [f"| code | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for part in sorted(rows, key=lambda row: (row == "all", row.strip("`"))):
+        lines.append(f"| {part} | {' | '.join(str(rows[part][c]) for c in columns)} |")
     return "\n".join(lines)
 
 
@@ -540,13 +590,16 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("--tree", type=Path, default=affected.PROJECT)
     running.add_argument("--out", type=Path, required=True)
-    running.add_argument("--only-survivors-of", type=Path)
     running.add_argument("--only", nargs="+", metavar="ID")
+    running.add_argument(
+        "--tests",
+        action="append",
+        metavar="SELECTION",
+        help="arguments of pytest, instead of the tests that the list names",
+    )
     running.add_argument("--jobs", type=int, default=1)
     running.add_argument("--seconds", type=float, default=60, help="of CPU for each mutant")
-    comparing = commands.add_parser("table")
-    comparing.add_argument("old", type=Path)
-    comparing.add_argument("new", type=Path)
+    commands.add_parser("table").add_argument("results", type=Path)
     options = parser.parse_args()
     if options.command == "make":
         mutants = make(affected.PROJECT)
@@ -555,7 +608,7 @@ def main() -> None:
     elif options.command == "run":
         run(options)
     else:
-        say(table(read_results(options.old), read_results(options.new)))
+        say(table(read_results(options.results)))
 
 
 if __name__ == "__main__":

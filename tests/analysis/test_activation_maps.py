@@ -196,6 +196,9 @@ def test_what_is_drawn_is_the_maps():
     weighted = found.paths[1].matrix("weighted").abs()
     drawn = figure.axes[13].images[0].get_array()
     np.testing.assert_allclose(drawn, weighted / weighted.max(), rtol=1e-6)
+    # Each row of matrices is named at its left end.
+    named = [bool(axes.get_ylabel()) for axes in figure.axes[4:]]
+    assert named == [True, False, False, False] * 3
 
 
 @pytest.fixture

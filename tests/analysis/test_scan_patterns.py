@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmvmamba.analysis import passes
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.scan_patterns import (
     compare_patterns,
@@ -122,7 +123,7 @@ def test_the_picture_from_the_command_line(run_tool, tmp_path):
     assert arrays["cross2d_2"].tolist() == [[0, 5, 10, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14]]
 
 
-def test_the_comparison_from_the_command_line(run_tool, tmp_path):
+def test_the_comparison_from_the_command_line(run_tool, tmp_path, monkeypatch):
     status, out = run_tool(
         "--compare", "--config", CONFIG, "--scans", "cross2d", "--size", "32", "--seconds", "0",
         "--rounds", "1", "--csv", "rows.csv",
@@ -135,6 +136,12 @@ def test_the_comparison_from_the_command_line(run_tool, tmp_path):
     ]  # fmt: skip
     assert all(float(row["training_images_per_second"]) > 0 for row in rows)
     assert f"{int(rows[0]['params']) / 1e6:.1f}" in out
+    monkeypatch.setitem(passes.TOLERANCES, "bf16", (0.0, 0.0))
+    status, out = run_tool(
+        "--compare", "--config", CONFIG, "--scans", "cross2d", "--size", "32", "--seconds", "0",
+        "--rounds", "1", "--precision", "bf16",
+    )  # fmt: skip
+    assert "2 of 2 variants failed" in status
     (tmp_path / "other.csv").write_text("a,b\n")
     status, _ = run_tool("--compare", "--config", CONFIG, "--csv", "other.csv")
     assert "other.csv has other columns" in status

@@ -201,6 +201,10 @@ class WrongGradient(torch.autograd.Function):
         return grad if grad.dtype == torch.float32 else -grad
 
 
+def bf16_has_another_shape(logits):
+    return logits if logits.dtype == torch.float32 else logits[:, :1]
+
+
 def out_of_memory(logits):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
@@ -212,6 +216,7 @@ def out_of_memory(logits):
         (bf16_is_nan, "inference", "the output is not finite"),
         (WrongGradient.apply, "training", r"the gradients are 2\.0e\+00 away"),
         (lambda logits: logits.detach(), "training", "no output has a gradient"),
+        (bf16_has_another_shape, "inference", "1 tensors in this mode, 1 in fp32, or of other sh"),
         (out_of_memory, "inference", "out of memory"),
     ],
 )
@@ -226,6 +231,22 @@ def test_what_fails_has_a_reason_and_no_figures(change, pass_, reason):
     assert table.rows[0][2:] == ("failed", "-", "-", "-")
     assert table.rows[1][-1] == "-"
     assert table.notes == (f"bad, 2x16x16: {failed.failure}",)
+
+
+class SmallGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1e-7
+
+
+def test_small_gradients_of_float16_do_not_vanish():
+    """They are 3e-8 where they enter, and float16 ends at 6e-8."""
+    case = Case("training", "autocast-fp16", 2, (16, 24))
+    assert not measure_one(small(change=SmallGradient.apply), case).failure
 
 
 def test_models_that_draw_are_silenced():
@@ -271,6 +292,16 @@ def test_models_take_turns_and_ratios_are_those_of_their_times(monkeypatch):
     turns = [name for name, _ in itertools.groupby(calls)]
     # Preparation, then there and back: neighbouring turns of one model are one group.
     assert turns == ["slow", "fast", "slow", "fast", "slow", "fast"]
+
+
+def test_the_time_is_the_median(monkeypatch):
+    durations = iter([1, 2, 3, 4, 100, 6])
+    monkeypatch.setattr(
+        throughput, "_timed", lambda call, device, seconds: [float(next(durations))]
+    )
+    result = measure_one(small(), Case("inference", "fp32", 7, (16, 16)), rounds=6)
+    assert (result.p20, result.seconds, result.p80) == (2.0, 3.5, 6.0)
+    assert result.images_per_second == 2.0
 
 
 def results_at(*sizes, memory=False):

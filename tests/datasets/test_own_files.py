@@ -30,7 +30,7 @@ from own_data import (
 )
 
 from mmvmamba.engine import cli
-from mmvmamba.engine.coco_file import complete
+from mmvmamba.engine.coco_file import complete, has_outline
 from mmvmamba.engine.data_checks import build_dataloader
 from mmvmamba.engine.errors import UsageError
 
@@ -280,6 +280,15 @@ def test_objects_without_masks_among_others_are_ignored_and_counted(mask, tmp_pa
     samples = [runner.train_dataloader.dataset[index]["data_samples"] for index in range(4)]
     assert sum(len(sample.ignored_instances) for sample in samples) == 4
     assert sum(len(sample.gt_instances) for sample in samples) == 8
+
+
+def test_an_outline_has_three_points():
+    triangle = [0.0, 0.0, 4.0, 0.0, 4.0, 4.0]
+    for mask in ([triangle], [triangle, []], {"size": [4, 4], "counts": [16]}):
+        assert has_outline({"segmentation": mask})
+    for mask in ([], [[]], [triangle[:4]], [triangle[:4], triangle], None):
+        assert not has_outline({"segmentation": mask})
+    assert not has_outline({})
 
 
 def test_masks_are_there_where_they_are_learnt_or_evaluated(tmp_path):

@@ -118,6 +118,31 @@ def test_coco_has_crowds_occlusion_and_several_scales(sample):
     assert len({a["id"] for a in annotations}) == len(annotations)
 
 
+@pytest.mark.parametrize("texture", ["_sky", "_planks"])
+def test_drawn_textures_are_neither_cut_at_black_nor_at_white(texture):
+    for seed in range(5):
+        values = getattr(sample_data, texture)(24, 32, np.random.default_rng(seed))
+        assert values.shape == (24, 32, 3)
+        assert 0 <= values.min() < values.max() <= 1
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_shadows_fall_away_from_the_light(axis, side):
+    white, alpha = np.ones((60, 60, 3)), np.zeros((60, 60))
+    alpha[20:40, 20:40] = 1
+    # Its first number points along a row.
+    light = np.zeros(3)
+    light[1 - axis] = side
+    sprite = sample_data._Sprite(0, white, alpha)
+    picture = sample_data._compose(white, [sprite], light, np.random.default_rng(0))
+    brightness = picture.mean(axis=(1 - axis, 2))
+    before, behind = brightness[17:20].mean(), brightness[40:43].mean()
+    assert (before < behind) == (side > 0)
+    # It touches what it belongs to.
+    assert brightness[:12].mean() == pytest.approx(brightness[48:].mean(), rel=0.01)
+
+
 def test_polygons_reproduce_masks_with_holes():
     yy, xx = np.mgrid[:80, :90]
     radius = np.hypot(xx - 45, yy - 40)

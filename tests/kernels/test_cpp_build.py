@@ -100,7 +100,10 @@ def test_the_library_for_this_gpu_comes_first(nothing_built, monkeypatch):
 
 
 def test_the_name_depends_on_the_version_of_pytorch(monkeypatch):
-    name = extension.library_name()
+    name, name_for_gpus = extension.library_name(), extension.library_name("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "0.1")
+    assert extension.library_name() == name
+    assert extension.library_name("cuda") != name_for_gpus
     monkeypatch.setattr(torch, "__version__", "0.0.1")
     assert extension.library_name() != name
 

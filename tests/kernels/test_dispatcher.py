@@ -137,6 +137,27 @@ def test_gradients_that_are_zero_or_batched(function, arguments):
         torch.testing.assert_close(tuple(t[i] for t in batched), single)
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Passes a tensor on, and nothing back."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, Passing])
+def test_where_nothing_comes_back_nothing_is_computed(function, arguments, mode):
+    with mode():
+        out = WithoutGradient.apply(function(**arguments))
+        leaves = list(arguments.values())
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+    assert all(grad is None for grad in grads)
+
+
 def test_inference_mode(function, arguments):
     expected = function(**arguments).detach()
     with torch.inference_mode():

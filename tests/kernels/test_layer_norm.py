@@ -137,6 +137,16 @@ def test_large_float16_values_do_not_overflow_inside(backend):
     assert max(found.values()) < 4 * TOLERANCE[torch.float16], found
 
 
+@pytest.mark.triton
+def test_the_longest_rows_of_triton():
+    tensors = arguments((1, 2**16))
+    _, out = add_layer_norm(**tensors, backend="triton")
+    _, expected = add_layer_norm_oracle(**tensors)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="at most 65536 channels, got 65537"):
+        add_layer_norm(**arguments((1, 2**16 + 1)), backend="triton")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_empty_batches_and_repeats(backend):
     tensors = arguments((2, 6, 5, 16))

@@ -189,6 +189,7 @@ def test_long_sequence():
         ),
         ({"u": torch.zeros(1, 6, 0)}, "L must be at least 1, got 0"),
         ({"delta": torch.zeros(1, 6, 4)}, r"delta must be .* = \(1, 6, 5\), got shape \(1, 6, 4\)"),
+        ({"A": torch.zeros(6)}, r"A must be \(K\*D, N\), 2-dimensional, got shape \(6,\)"),
         ({"A": torch.zeros(5, 2)}, r"A must be \(K\*D, N\) = \(6, 2\)"),
         ({"B": torch.zeros(1, 2, 5)}, r"B must be \(batch, K, N, L\), 4-dimensional"),
         (

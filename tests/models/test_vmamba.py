@@ -211,6 +211,9 @@ def test_time_steps_start_log_uniform():
 @pytest.mark.parametrize("mixer", ["ss2d", "mamba2"])
 def test_initialisations_train(init, mixer):
     model = VMamba(SMALL | {"dims": 16, "init": init, "mixer": mixer, "d_state": 4})
+    # Appendix H.2: 'rand' draws A too, from a normal distribution.
+    drawn = torch.cat([p.flatten() for n, p in model.named_parameters() if n.endswith("A_logs")])
+    assert (init == "rand") == bool((drawn < 0).any())
     outs = model(torch.randn(2, 3, 32, 32))
     sum(o.square().mean() for o in outs).backward()
     for name, parameter in model.named_parameters():

@@ -1,5 +1,6 @@
 """What train.py and test.py make of their command lines, and how they refuse what cannot work."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import warm
 
-from mmvmamba.engine import cli
+from mmvmamba.engine import cli, launch
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.launch import main
 from mmvmamba.engine.processes import check_gpus, prepare_launch, process_place
@@ -58,6 +59,14 @@ def test_the_data_root_can_be_a_config_option_too(train_config, sample_data):
     moved = f"data_root={sample_data / 'imagenet'}"
     cfg = train_config("--data-root", "/nowhere", "--cfg-options", moved)
     assert cfg.train_dataloader.dataset.data_root.rstrip("/") == str(sample_data / "imagenet")
+
+
+@pytest.mark.parametrize("found", [None, "/elsewhere/imagenet"])
+def test_where_data_were_found_is_said(monkeypatch, found):
+    monkeypatch.setattr(cli, "find_data", lambda *_: found)
+    notices = cli.load_config_and_data(CONFIG).get(cli.NOTICES) or []
+    said = [notice for notice in notices if notice.startswith("data found")]
+    assert said == ([f"data found at {found}."] if found else [])
 
 
 def test_the_work_directory_defaults_to_the_configs_name(sample_data):
@@ -125,6 +134,22 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="3 processes .* 2 GPUs"):
         prepare_launch("pytorch")
+
+
+def test_the_cores_are_shared_by_the_processes(monkeypatch):
+    found = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(7), raising=False)
+    monkeypatch.setattr(launch.agent, "install", lambda: None)
+    monkeypatch.setattr(launch.torchrun, "run", lambda _: found.update(os.environ))
+    for processes, threads in ((1, "7"), (3, "2"), (9, "1")):
+        monkeypatch.setattr(os, "environ", {})
+        main([f"--nproc_per_node={processes}", "train.py"])
+        assert found["OMP_NUM_THREADS"] == threads
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "5"})
+    main(["--nproc_per_node=3", "train.py"])
+    assert found["OMP_NUM_THREADS"] == "5"
 
 
 def test_any_number_of_processes_without_a_gpu(monkeypatch):

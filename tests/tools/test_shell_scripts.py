@@ -102,6 +102,89 @@ def test_several_machines_meet_where_they_are_told(project, tmp_path, recorded_p
     assert "--standalone" not in words
 
 
+def test_a_port_alone_is_that_of_one_machine(project, tmp_path, recorded_python):
+    done = bash(project / "tools/dist_train.sh", "config.py", "2", cwd=tmp_path, PORT="1234")
+    words = ["--nnodes=1", "--node_rank=0", "--master_addr=127.0.0.1", "--master_port=1234"]
+    assert [word for word in done.stdout.split() if word in words] == words
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, "checkout/.venv"),
+        ({"CONDA_DEFAULT_ENV": "base"}, "checkout/.venv"),
+        ({"CONDA_DEFAULT_ENV": "own"}, "active"),
+        ({"VIRTUAL_ENV": "/own"}, "active"),
+    ],
+    ids=str,
+)
+def test_the_active_environment_comes_before_the_quick_starts(
+    project, tmp_path, monkeypatch, variables, place
+):
+    (tmp_path / "checkout/tools").mkdir(parents=True)
+    common = shutil.copy(project / "tools/common.sh", tmp_path / "checkout/tools")
+    for folder in ("checkout/.venv", "active"):
+        write_program(tmp_path / folder / "bin/python", "")
+    write_program(tmp_path / "which", f"source '{common}' && project_python")
+    for name in ("VIRTUAL_ENV", "CONDA_DEFAULT_ENV"):
+        monkeypatch.delenv(name, raising=False)
+    path = f"{tmp_path / 'active/bin'}:{os.environ['PATH']}"
+    done = bash(tmp_path / "which", cwd=tmp_path, PATH=path, **variables)
+    assert done.stdout.strip() == str(tmp_path / place / "bin/python")
+
+
+# What the quick start calls, one program under several names.
+STEP = """#!/bin/sh
+printf '%s %s\\n' "$0" "$*" >>calls
+case $0 in
+    *setup_env.sh) mkdir -p .venv/setup-stamps && echo mmcv-gpu- >.venv/setup-stamps/mmcv ;;
+    *dist_train.sh)
+        if [ -e broken ]; then echo 'RuntimeError: made to fail'; exit 1; fi
+        echo '/elsewhere/epoch_4.pth' >work_dirs/quickstart/last_checkpoint ;;
+    *dist_test.sh) echo "x coco/bbox_mAP: $BBOX  coco/segm_mAP: $SEGM  data_time: 0.1" ;;
+esac
+"""
+
+
+@pytest.fixture
+def quick_start(project, tmp_path):
+    """Runs the quick start in a folder where it finds stand-ins for all that it calls."""
+    for name in ("quickstart.sh", "common.sh"):
+        (tmp_path / "tools").mkdir(exist_ok=True)
+        shutil.copy(project / "tools" / name, tmp_path / "tools")
+    for name in ("tools/setup_env.sh", "tools/dist_train.sh", "tools/dist_test.sh"):
+        write_program(tmp_path / name, STEP)
+    write_program(tmp_path / ".venv/bin/python", STEP)
+    for name in ("configs/sample/_base_/a.py", "configs/sample/b.py", "data/sample/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return lambda **scores: bash(tmp_path / "tools/quickstart.sh", cwd=tmp_path, **scores)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "segm", "status"), [("0.31", "0.30", 0), ("0.31", "0.29", 1), ("0.29", "0.31", 1)]
+)
+def test_the_quick_start_expects_boxes_and_masks(quick_start, bbox, segm, status):
+    done = quick_start(BBOX=bbox, SEGM=segm)
+    assert f"bbox mAP {bbox}, segm mAP {segm}\n" in done.stdout
+    assert "Checkpoint: work_dirs/quickstart/epoch_4.pth" in done.stdout
+    assert done.returncode == status
+    assert ("does not learn" in done.stderr) == bool(status)
+
+
+def test_the_quick_start_goes_on_where_it_failed(quick_start, tmp_path):
+    (tmp_path / "broken").touch()
+    done = quick_start(BBOX="0.4", SEGM="0.4")
+    assert done.returncode == 1
+    assert "RuntimeError: made to fail" in done.stdout
+    assert "train did not finish" in done.stderr
+    (tmp_path / "broken").unlink()
+    for trainings in (2, 2):
+        assert quick_start(BBOX="0.4", SEGM="0.4").returncode == 0
+        calls = (tmp_path / "calls").read_text()
+        assert calls.count("tools/dist_train.sh") == trainings
+
+
 @pytest.mark.parametrize("script", sorted(SLURM))
 def test_slurm_requests(project, tmp_path, recorded_python, script):
     write_program(tmp_path / "bin/srun", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
