@@ -109,8 +109,8 @@ def test_both_bounds_are_the_versions_that_were_tested(name):
 
 def test_windows_at_run_time_are_those_of_the_package():
     bounds = declared()
-    for name, (window, command) in compat.STACK.items():
-        window = window & compat.TESTED.get(name, SpecifierSet())
+    for name, (works, command) in compat.STACK.items():
+        window = works & compat.TESTED.get(name, SpecifierSet())
         if name == "mmcv":
             [version] = pins("mmcv")["mmcv"]
             assert window.contains(version)

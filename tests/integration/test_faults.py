@@ -255,7 +255,8 @@ def losses(training: Training) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["mmpretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdet", "mmseg"))]
+    "name",
+    ["mmpretrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mmdet", "mmseg"))],
 )
 def test_two_deterministic_runs_are_the_same(project, sample_data, tmp_path, name):
     """Of a config without a seed, with data loader workers."""

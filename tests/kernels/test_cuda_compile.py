@@ -41,7 +41,12 @@ def test_every_kernel_compiles(architecture, dtype, nvcc, tmp_path):
     if architecture not in build.known_architectures(nvcc):
         pytest.skip(f"{nvcc} does not know sm_{architecture}")
     source = extension.SOURCES / "cuda" / "scan_kernels.cu"
-    flags = [*build.kernel_flags(dtype, ()), f"-arch=sm_{architecture}", "-Xptxas=-v", build.STANDARD]
+    flags = [
+        *build.kernel_flags(dtype, ()),
+        f"-arch=sm_{architecture}",
+        "-Xptxas=-v",
+        build.STANDARD,
+    ]
     done = subprocess.run(
         [nvcc, *flags, "-cubin", str(source), "-o", str(tmp_path / "kernels.cubin")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Lets mmcv 2.1's setup.py run on Python 3.13, in the processes that have this folder on their path.
+"""Lets mmcv 2.1's setup.py run on Python 3.13, in processes that have this folder on their path.
 
 It takes its version from a local variable that exec() makes in a function. Since Python 3.13
 (PEP 667), exec() makes it in a copy.

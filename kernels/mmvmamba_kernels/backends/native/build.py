@@ -1,9 +1,10 @@
 """Build the compiled libraries; ``python -m mmvmamba_kernels.build`` is the command.
 
-The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later), from PyTorch 2.14 on
-for C++20 (GCC 11, Clang 14), and the headers that come with PyTorch, no GPU and no other package. With ``--cuda`` the one for NVIDIA GPUs is built as
-well, which needs nvcc of the CUDA version that PyTorch was built with, and no GPU either. Libraries
-go into the package, or into the user's cache where the package's folder cannot be written.
+The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later), with PyTorch 2.14
+and later for C++20 (GCC 11, Clang 14), and the headers that come with PyTorch, no GPU and no other
+package. With ``--cuda`` the one for NVIDIA GPUs is built as well, which needs nvcc of the CUDA
+version that PyTorch was built with, and no GPU either. Libraries go into the package, or into the
+user's cache where the package's folder cannot be written.
 """
 
 from __future__ import annotations
