@@ -133,15 +133,16 @@ def plain_or_pinned(op: str, device: torch.device, dtype: torch.dtype) -> str | 
 
     Returns:
         None if those are to be called without an operator around them: where the reference is what
-        would run, and in compiled graphs, whose compiler joins them with what stands around. Else
-        what :func:`pin` gives. A backend that the environment names stays, compiled or not.
+        would run, in compiled graphs, whose compiler joins them with what stands around, and in
+        traced ones, which may run anywhere. Else what :func:`pin` gives. A backend that the environment names stays, compiled or not.
 
     Raises:
         BackendError: As :func:`resolve`.
     """
     name = pin(op, device, dtype, states=1)
     chosen = name.rpartition(":")[2]
-    plain = chosen == "reference" or (chosen != name and torch.compiler.is_compiling())
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    plain = chosen == "reference" or (chosen != name and recorded)
     return None if plain else name
 
 

@@ -203,8 +203,10 @@ class Operator:
     def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
         """Run the operator on checked arguments."""
         needed = any(t is not None and t.requires_grad for t in arguments[: self._count])
-        save_carries = torch.is_grad_enabled() and needed
-        if save_carries and backend == AUTO:
+        # A traced graph may run anywhere, with and without gradients; the tracer compares both.
+        tracing = torch.jit.is_tracing()
+        save_carries = needed and (torch.is_grad_enabled() or tracing)
+        if save_carries and backend == AUTO and not tracing:
             problem = self._problem(arguments)
             # index() makes a compiler fix the state dimension, which a choice may depend on.
             states = operator.index(problem.states)

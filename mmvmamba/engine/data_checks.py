@@ -122,7 +122,7 @@ def _checked(
     names = ", ".join(str(path or one.get("data_root")) for path, one in files.items())
     try:
         built = build()
-    except (ValueError, LookupError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, AssertionError, RuntimeError) as error:
         reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
         if "need at least one array" in reason:
             unused = sum((one.unused for one in listed.values() if one), Counter())

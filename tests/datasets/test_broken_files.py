@@ -131,6 +131,12 @@ def test_each_fault(task, name, split, sample_data, tmp_path, log):
     assert ("left out: 1 " in line) == (fault.outcome == LEFT_OUT), line
 
 
+def test_a_setting_that_no_loader_has_is_named(sample_data):
+    config = small_config("mmpretrain", sample_data / DATA["mmpretrain"]).train_dataloader
+    with pytest.raises(DataError, match=r"imagenet.*unexpected keyword argument 'batchsize'"):
+        build_dataloader({**config, "batchsize": 3})
+
+
 @pytest.mark.parametrize("name", NO_POLYGON)
 def test_masks_without_a_polygon_are_ignored_in_training_and_counted(
     name, sample_data, tmp_path, log
