@@ -8,7 +8,8 @@ usage() {
 usage: bash tools/run_tests.sh [--changed [REV]] [options of pytest]
 
 Completes .venv if needed, runs the linters, the audit of packages and the whole test suite, one
-worker per core (-n 0 for none, -n 4 for four), and says at the end what took how long.
+worker per core and one more, since some tests wait (-n 0 for none, -n 4 for four), and says at the
+end what took how long.
 
   --changed [REV]  only the test files nearest to what differs from a commit (by default the last
                    one), without set-up, linters and audit: seconds for one module
@@ -18,7 +19,8 @@ Variables: those of tools/setup_env.sh.
 END
 }
 
-workers=auto
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=$((cores + 1))
 changed=
 for argument in "$@"; do
     case $argument in
@@ -44,8 +46,8 @@ if [[ -z $changed ]]; then
 fi
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# One worker per core leaves nothing for threads. Tests of threads ask for theirs.
-if [[ $workers == auto ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+# That many workers leave nothing for threads. Tests of threads ask for theirs.
+if ((workers > cores)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 # A file's tests share what takes long to make, so a worker gets all of them.
 by_file=(--dist loadfile --no-loadscope-reorder)
 printf -- '-- tests\n'
