@@ -134,7 +134,8 @@ def plain_or_pinned(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     Returns:
         None if those are to be called without an operator around them: where the reference is what
         would run, in compiled graphs, whose compiler joins them with what stands around, and in
-        traced ones, which may run anywhere. Else what :func:`pin` gives. A backend that the environment names stays, compiled or not.
+        traced ones, which may run anywhere. Else what :func:`pin` gives. A backend that the
+        environment names stays, compiled or not.
 
     Raises:
         BackendError: As :func:`resolve`.
