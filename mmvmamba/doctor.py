@@ -124,8 +124,8 @@ def check_packages() -> Iterator[Finding]:
         found, problem = compat.installed_version(name), compat.stack_problem(name)
         if problem:
             yield Finding(name, "error", found or "not installed", problem, command)
-        elif found and compat.untested(name):
-            yield Finding(name, "warning", found, compat.untested(name), command)
+        elif untested := compat.untested(name):
+            yield Finding(name, "warning", found, untested, command)
         elif found:
             yield Finding(name, "ok", f"{found} ({window})")
         elif name in TASKS:

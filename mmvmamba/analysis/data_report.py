@@ -187,12 +187,12 @@ def show(splits: Sequence[Split], problems: Sequence[str], console: Console) -> 
 
 def _distinct(splits: Sequence[Split]) -> Iterator[tuple[Split, str]]:
     """The splits and their names; val and test of equal content as one."""
+    alike: dict[tuple[bool, str], list[Split]] = {}
     for split in splits:
-        others = {one.name: str(replace(one, name="")) for one in splits if one.name != "train"}
-        if split.name == "test" and others.get("val") == others["test"]:
-            continue
-        same = split.name == "val" and others.get("test") == others["val"]
-        yield split, "val and test" if same else split.name
+        content = split.name == "train", str(replace(split, name=""))
+        alike.setdefault(content, []).append(split)
+    for same in alike.values():
+        yield same[0], " and ".join(one.name for one in same)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -326,8 +326,8 @@ def _labels_of(labelled: Sequence[Labelled]) -> dict[str, Path]:
 
 
 def _prepare_boxes(source: Path, out: Path, options: Options) -> Prepared:
-    coco = _coco_file(source)
-    content, files = _read_coco(coco, options) if coco else _coco_of_labelme(source, options)
+    coco = _find_coco(source)
+    content, files = _read_coco(*coco, options) if coco else _coco_of_labelme(source, options)
     names = {one["id"]: one["name"] for one in content["categories"]}
     parts = split(content["images"], options, str(source))
     counts = {}
@@ -367,15 +367,12 @@ def _coco_of_labelme(source: Path, options: Options) -> tuple[dict, dict[int, Pa
     return content, dict(enumerate((one.file for one in labelled), 1))
 
 
-def _coco_file(source: Path) -> Path | None:
-    """The COCO file of a source, None if it is a folder of labelme's."""
+def _find_coco(source: Path) -> tuple[Path, dict] | None:
+    """The COCO file of a source and its content, None if it is a folder of labelme's."""
     if source.is_file():
-        return source
-    files = [
-        file
-        for file in sorted((source / "annotations").glob("*.json"))
-        if {"images", "annotations"} <= _read_json(file).keys()
-    ]
+        return source, _read_json(source)
+    contents = {file: _read_json(file) for file in sorted((source / "annotations").glob("*.json"))}
+    files = [file for file, one in contents.items() if {"images", "annotations"} <= one.keys()]
     if len(files) > 1:
         raise UsageError(
             f"{source}/annotations has {len(files)} COCO files: name the one to split instead of "
@@ -383,12 +380,11 @@ def _coco_file(source: Path) -> Path | None:
             "already, rename them to annotations/train.json and val.json: nothing is to be "
             "prepared then."
         )
-    return files[0] if files else None
+    return (files[0], contents[files[0]]) if files else None
 
 
-def _read_coco(file: Path, options: Options) -> tuple[dict, dict[int, Path]]:
+def _read_coco(file: Path, content: dict, options: Options) -> tuple[dict, dict[int, Path]]:
     """A COCO file's content without what is ignored, and its images' files by id."""
-    content = _read_json(file)
     if not {"images", "annotations", "categories"} <= content.keys():
         raise DataError(f"{file} is no COCO file: it has no images, annotations or categories.")
     categories = [one for one in content["categories"] if one["name"] not in options.ignore]
@@ -451,12 +447,13 @@ def _prepare_masks(source: Path, out: Path, options: Options) -> Prepared:
     for name, part in parts.items():
         for item in _tracked(part, f"writing the {name} masks"):
             labels = item.draw()
-            counts[name].update(classes[i] for i in np.unique(labels) if i != NO_CLASS)
+            values = np.unique(labels).tolist()
+            seen.update(values)
+            counts[name].update(classes[i] for i in values if i != NO_CLASS)
             _copy(item.file, (out / "images" / name / item.name).with_suffix(suffix))
             target = (out / "masks" / name / item.name).with_suffix(".png")
             target.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(labels).save(target)
-            seen.update(np.unique(labels).tolist())
     if seen == {0, NO_CLASS} and len(classes) > 1 and (source / masks).is_dir():
         raise DataError(
             f"the masks have the values 0 and {NO_CLASS} alone. {_meaning(classes, source / masks)}"
