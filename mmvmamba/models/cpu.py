@@ -24,12 +24,17 @@ AVAILABLE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_avail
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
-# What the operator of convolution and activation calls them: name and algorithm.
-ACTIVATIONS = {None: ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none")}
+ACTIVATIONS = {
+    None: ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+}
+"""Activations by what oneDNN's operator calls them, name and algorithm."""
 
 PACKED_POSITIONS = 2048
-"""Weights are packed for maps of at most so many positions: above, laying them out is below 2 % of
-the product (measured), and a second copy would not pay for its memory."""
+"""Weights are packed for maps of at most so many positions: above, laying them out takes less than
+2 % of the product's time (computed), and a second copy would not pay for its memory."""
 
 SAMPLES = 64
 
@@ -37,8 +42,9 @@ SAMPLES = 64
 class _Signs(NamedTuple):
     """What a packed weight was made for and of.
 
-    `weight.data.copy_(...)` changes neither version nor address. That is how exponential averages
-    are updated, and of any change to all of a weight its samples tell.
+    `weight.data.copy_(...)` changes neither version nor address. Exponential averages are updated
+    so, and the samples tell of any such change to all of a weight. A change of single elements
+    through `data` or NumPy is not seen before the next `eval()`: PyTorch cannot tell either.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +99,7 @@ def convolve(
 
     Args:
         x: (B, C, H, W), in torch's channels_last memory format or copied to it.
-        weight: (O, C / groups, kernel height, kernel width), or (..., C) for a linear layer's, whose
+        weight: (O, C / groups, kernel height, kernel width), or (..., C) of a linear layer, whose
             outputs O are all but the last dimension.
         bias: (O,) or None.
         stride: Steps of the kernel, in positions.
