@@ -93,9 +93,15 @@ class OperatorPair:
             (torch.autograd.Function,),
             {"forward": staticmethod(forward_and_save), "backward": staticmethod(gradients)},
         )
+        self._transformed = _transformed(name, forward, setup_context, gradients)
+        self._transformed_backward = _transformed(
+            f"{name}_backward", backward, lambda *_: None, refuse
+        )
 
     def __call__(self, *values) -> tuple[Tensor, ...]:
         """Runs the forward pass, differentiable."""
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed.apply(*values)
         tensors = [value for value in values if isinstance(value, Tensor)]
         if needs_dispatcher(tensors):
             return self._forward_op(*values)
@@ -105,11 +111,46 @@ class OperatorPair:
 
     def backward(self, *values) -> tuple[Tensor, ...]:
         """Runs the backward pass, not differentiable."""
+        if torch._C._are_functorch_transforms_active():
+            return self._transformed_backward.apply(*values)
         tensors = [value for value in values if isinstance(value, Tensor)]
         # Where gradients are enabled, somebody is about to try, and the operator refuses.
         if torch.is_grad_enabled() or needs_dispatcher(tensors):
             return self._backward_op(*values)
         return self._backward(*values)
+
+
+def _transformed(
+    name: str, forward: Callable, setup_context: Callable, gradients: Callable
+) -> type[torch.autograd.Function]:
+    """A pass as the transforms of ``torch.func`` take it, which PyTorch's custom operators are not.
+
+    ``vmap`` runs it once for each index: kernels have one batch dimension.
+    """
+
+    def vmap(info, in_dims, *values) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        calls = [
+            function.apply(
+                *(
+                    v if dim is None else v.select(dim, i)
+                    for v, dim in zip(values, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    passes = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": gradients,
+        "vmap": vmap,
+    }
+    function = type(
+        name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in passes.items()}
+    )
+    return function
 
 
 def is_transformed() -> bool:

@@ -60,13 +60,8 @@ class Linear(KeepsPacked, nn.Linear):
         return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
     def activated(self, x: Tensor, act: ActivationName) -> Tensor | None:
-        """The activated result in one pass, where that is the same as calling this and then `act`.
-
-        None where it is not: gradients are wanted, or hooks look at what is in between.
-        """
-        if has_hooks(self) or cpu.records(x, self.weight, self.bias):
-            return None
-        if not cpu.serves(x, self.weight, self.bias):
+        """The activated result in one pass, or None where it takes two."""
+        if cpu.records(x, self.weight, self.bias) or not cpu.serves(x, self.weight, self.bias):
             return None
         return _by_convolution(x, self.weight, self.bias, act)
 
@@ -80,9 +75,13 @@ class Conv2d(KeepsPacked, nn.Conv2d):
         return super().forward(x)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something sees the calls of a module or its result."""
-    return bool(
+def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a call of `module` would be `cls.forward` and nothing else.
+
+    If so, its parameters may be used without the call. If not, something of the user's is in the
+    place of ours, or hooks see the call: those of `nn.utils.prune` make the weight in it.
+    """
+    return type(module).forward is cls.forward and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -311,7 +310,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1.activated(x, self.act) if type(self.fc1) is Linear else None
+        hidden = self.fc1.activated(x, self.act) if runs_as(self.fc1, Linear) else None
         if hidden is None:
             x = self.fc1(x)
             act = ACTIVATIONS[self.act]
@@ -363,7 +362,11 @@ class VSSBlock(nn.Module):
         branch = self.op(self.norm(x))
         if self.mlp is None:
             return self.drop_path(x, branch)
-        x, normal = self.norm2.of_sum(x, branch, self.drop_path.scale(x))
+        if runs_as(self.norm2, LayerNorm) or runs_as(self.norm2, BatchNorm):
+            x, normal = self.norm2.of_sum(x, branch, self.drop_path.scale(x))
+        else:
+            x = self.drop_path(x, branch)
+            normal = self.norm2(x)
         return self.drop_path(x, self.mlp(normal))
 
     def forward(self, x: Tensor) -> Tensor:

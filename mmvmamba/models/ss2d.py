@@ -15,11 +15,14 @@ from mmvmamba.models.layers import (
     KeepsPacked,
     LayerNorm,
     Linear,
+    autocast_dtype,
     linear,
+    runs_as,
 )
 from mmvmamba_kernels import (
     depthwise_conv,
     selective_scan,
+    selective_scan_2d,
     selective_scan_2d_norm,
     state_space_dual,
 )
@@ -127,13 +130,19 @@ class SS2D(KeepsFloat32, KeepsPacked):
             return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
         proj = linear(x, self.x_proj_weight)
-        y, total = selective_scan_2d_norm(
-            x,
+        scan = (
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
             self.dt_projs_weight,
             self.dt_projs_bias,
             self._per_direction(-self.A_logs.float().exp()),
             self._per_direction(self.Ds),
+        )
+        if not runs_as(self.out_norm, LayerNorm):
+            y = selective_scan_2d(with_range(x), *scan, pattern=self.scan)
+            return self.out_norm(y).to(autocast_dtype(x) or x.dtype)
+        y, total = selective_scan_2d_norm(
+            x,
+            *scan,
             self.out_norm.weight,
             self.out_norm.bias,
             eps=self.out_norm.eps,
@@ -235,7 +244,11 @@ class Mamba2Mixer(KeepsFloat32):
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map, (B, H, W, C) to (B, H, W, C)."""
         x = self.in_proj(x)
-        conv = None if self.conv2d is None else self.conv2d[1]
+        conv = self.conv2d
+        kinds = (nn.Sequential, nn.Identity, nn.Conv2d)
+        parts = () if conv is None else (conv, *conv.children())
+        if len(parts) == len(kinds) and all(map(runs_as, parts, kinds)):
+            conv = conv[1]
         x = convolve(conv, self.act, x)
         return self.dropout(self.out_proj(self.out_norm(self._scan(x)).to(x.dtype)))
 
@@ -298,10 +311,12 @@ def build_depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=bias)
 
 
-def convolve(conv: nn.Conv2d | None, act: ActivationName, x: Tensor) -> Tensor:
+def convolve(conv: nn.Module | None, act: ActivationName, x: Tensor) -> Tensor:
     """The depth-wise convolution, if there is one, and the activation, of (B, H, W, C)."""
     if conv is None:
         return ACTIVATIONS[act](x)
+    if not runs_as(conv, nn.Conv2d):
+        return ACTIVATIONS[act](conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     parameters = conv.weight, conv.bias
     if cpu.serves(x, *parameters) and not cpu.records(x, *parameters):
         y = cpu.convolve(x.permute(0, 3, 1, 2), *parameters, (1, 1), (1, 1), conv.groups, act)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -319,8 +318,6 @@ class VMamba(BaseModule):
         self.outnorm = outnorm
 
         self.apply(_init_module)
-        # As the maps are; convolutions would otherwise reorder their weights in every call.
-        self.to(memory_format=torch.channels_last)
         self._register_load_state_dict_pre_hook(self._accept_conv_weights)
         self._freeze_stages()
 
@@ -410,7 +407,8 @@ class VMamba(BaseModule):
                 f"(stem={self.arch.stem!r}, downsample={self.arch.downsample!r}) needs at least "
                 f"{least}x{least}. Resize or pad them."
             )
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        # Channels last in memory, in words that vmap knows.
+        x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         outs = []
         for i, layer in enumerate(self.layers):
             x = layer.blocks(x)
