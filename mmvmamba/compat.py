@@ -193,6 +193,14 @@ def stack_command(name: str) -> str:
     return command
 
 
+def install_command(module: str) -> str:
+    """What installs a module's package, of the stack that is here."""
+    for name in stack():
+        if module_of(name) == module:
+            return stack_command(name)
+    return f"pip install {module}"
+
+
 def _rivals(name: str) -> list[str]:
     """The installed distributions that bring the module of a package of `stack()`."""
     names = MODULES.get(module_of(name), (name,))

@@ -200,7 +200,7 @@ def check_mmcv() -> Iterator[Finding]:
     """Runs one of mmcv's compiled operators, on the GPU too if there is one."""
     import torch
 
-    command = _install_command("mmcv")
+    command = compat.install_command("mmcv")
     # pip would otherwise keep what is there, or take the wheel that it built last time.
     command += " --force-reinstall --no-deps --no-cache-dir"
     if compat.installed_version("mmcv-lite"):
@@ -280,10 +280,7 @@ def _import(module: str) -> tuple[str, str] | None:
 def _install_command(module: str) -> str:
     if module == "pkg_resources":
         return compat.STACK["setuptools"][1]
-    for name in compat.stack():
-        if compat.module_of(name) == module:
-            return compat.stack_command(name)
-    return f"pip install {'opencv-python-headless' if module == 'cv2' else module}"
+    return compat.install_command("opencv-python-headless" if module == "cv2" else module)
 
 
 def check_kernels() -> Iterator[Finding]:

@@ -75,7 +75,8 @@ def test_both_stacks_are_known(monkeypatch, tmp_path, stack, number):
     assert (compat.stack() is compat.ONEDL) == (stack is ONEDL)
     for name in stack.keys() - some.keys():
         assert compat.stack_version(name) is None
-        assert compat.stack_command(name) == compat.stack()[name][1]
+        assert compat.install_command(compat.module_of(name)) == compat.stack()[name][1]
+    assert compat.install_command("timm") == "pip install timm"
 
 
 def test_a_distribution_of_another_name_is_known_by_its_module(monkeypatch, tmp_path):
