@@ -2,14 +2,18 @@
 
 import random
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.runner import IterBasedTrainLoop as Upstream
+from mmengine.runner import loops as upstream_loops
 from torch.utils.data import Dataset
 
+from mmvmamba.engine.loops import IterBasedTrainLoop
 from mmvmamba.engine.seeds import build_train_dataloader, seed_step
 
 SIZE, BATCH = 12, 2
@@ -136,3 +140,55 @@ def test_steps_of_all_places_differ():
             seed_step(*place)
             drawn.add((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
     assert len(drawn) == 4
+
+
+class AdvancedByItself(upstream_loops._InfiniteDataloaderIterator):
+    """OneDL's iterator, which its loop asks to leave steps out."""
+
+    def skip_iter(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self)
+
+
+def run_of_onedl(loop: Upstream) -> None:
+    loop.dataloader_iterator.skip_iter(loop._iter)
+    # Upstream's own leaves nothing out at iteration 0.
+    loop._max_iters -= loop._iter
+    loop._iter = 0
+    run_upstream(loop)
+
+
+run_upstream = Upstream.run
+
+
+@pytest.mark.parametrize("onedl", [False, True])
+def test_the_loop_does_not_leave_out_what_the_loader_has_left_out(monkeypatch, onedl):
+    if onedl:
+        monkeypatch.setattr(upstream_loops, "_InfiniteDataloaderIterator", AdvancedByItself)
+        monkeypatch.setattr(Upstream, "run", run_of_onedl)
+    config = {
+        "dataset": Noisy(),
+        "batch_size": BATCH,
+        "num_workers": 0,
+        "sampler": {"type": InfiniteSampler, "seed": 3},
+        "collate_fn": {"type": "pseudo_collate"},
+    }
+
+    def trained_on(start: int) -> list:
+        seen = []
+        model = SimpleNamespace(
+            train=lambda: None,
+            train_step=lambda data, optim_wrapper: seen.append(data) or {},
+        )
+        runner = SimpleNamespace(
+            seed=5, model=model, optim_wrapper=None, val_loop=None, call_hook=lambda *_, **__: None
+        )
+        loader = build_train_dataloader(config, 5, start, by_epoch=False)
+        loop = IterBasedTrainLoop(runner, loader, max_iters=8)
+        loop._iter = start
+        loop.run()
+        return seen
+
+    whole = trained_on(0)
+    assert len(whole) == 8
+    assert trained_on(3) == whole[3:]
