@@ -97,7 +97,7 @@ class OperatorPair:
     def __call__(self, *values) -> tuple[Tensor, ...]:
         """Runs the forward pass, differentiable."""
         tensors = [value for value in values if isinstance(value, Tensor)]
-        if _needs_dispatcher(tensors):
+        if needs_dispatcher(tensors):
             return self._forward_op(*values)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return self._function.apply(*values)
@@ -107,7 +107,7 @@ class OperatorPair:
         """Runs the backward pass, not differentiable."""
         tensors = [value for value in values if isinstance(value, Tensor)]
         # Where gradients are enabled, somebody is about to try, and the operator refuses.
-        if torch.is_grad_enabled() or _needs_dispatcher(tensors):
+        if torch.is_grad_enabled() or needs_dispatcher(tensors):
             return self._backward_op(*values)
         return self._backward(*values)
 
@@ -121,7 +121,7 @@ def is_transformed() -> bool:
     )
 
 
-def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
+def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call the function."""
     return (
         is_transformed()

@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmvmamba.models import cpu
 from mmvmamba.models.recompute import LinearOf, origin_of, with_origin
 from mmvmamba_kernels import add_layer_norm, layer_norm
 
 NORMS = ("ln", "bn")
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-
-_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 NormName = Literal["ln", "bn"]
 ActivationName = Literal["gelu", "relu", "silu"]
@@ -37,7 +36,15 @@ class ToChannelsFirst(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-class Linear(nn.Linear):
+class KeepsPacked(nn.Module):
+    """A module whose own weights evaluation on a CPU may keep in another layout beside them."""
+
+    def train(self, mode: bool = True):
+        cpu.forget(self.parameters(recurse=False))
+        return super().train(mode)
+
+
+class Linear(KeepsPacked, nn.Linear):
     """A linear layer on the last dimension of (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,17 +59,55 @@ class Linear(nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
+    def activated(self, x: Tensor, act: ActivationName) -> Tensor | None:
+        """The activated result in one pass, where that is the same as calling this and then `act`.
+
+        None where it is not: gradients are wanted, or hooks look at what is in between.
+        """
+        if has_hooks(self) or cpu.records(x, self.weight, self.bias):
+            return None
+        if not cpu.serves(x, self.weight, self.bias):
+            return None
+        return _by_convolution(x, self.weight, self.bias, act)
+
+
+class Conv2d(KeepsPacked, nn.Conv2d):
+    """A convolution of one group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if cpu.serves(x, self.weight, self.bias):
+            return cpu.convolve(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something sees the calls of a module or its result."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on the last dimension of (B, H, W, C), by the fastest way the device has."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and _MKL_AND_ONEDNN
-    if on_cpu and not torch.compiler.is_compiling():
-        # The same product. Matrix products go to MKL, which keeps to AVX2 on AMD's CPUs;
-        # convolutions go to oneDNN, which takes the widest vectors of any. Compilers choose
-        # themselves, and would tie a graph to the batch sizes that oneDNN tells apart.
-        x = F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-        return x.permute(0, 2, 3, 1)
-    return F.linear(x, weight, bias)
+    """`F.linear` on the last dimension of (B, H, W, C), by the fastest way the device has.
+
+    Args:
+        x: (B, H, W, C).
+        weight: (..., C); all dimensions but the last become the result's last.
+        bias: As many numbers as the result has channels, or None.
+    """
+    if cpu.serves(x, weight, bias):
+        return _by_convolution(x, weight, bias)
+    return F.linear(x, weight.flatten(0, -2), bias)
+
+
+def _by_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: ActivationName | None = None
+) -> Tensor:
+    return cpu.convolve(x.permute(0, 3, 1, 2), weight, bias, act=act).permute(0, 2, 3, 1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -201,17 +246,17 @@ def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, no
     """
     if version == "v1":
         return nn.Sequential(
-            nn.Conv2d(in_channels, channels, kernel_size=4, stride=4),
+            Conv2d(in_channels, channels, kernel_size=4, stride=4),
             ToChannelsLast(),
             build_norm(norm, channels, stream=True),
         )
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1),
+        Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1),
         ToChannelsLast(),
         build_norm(norm, channels // 2),
         ToChannelsFirst(),
         nn.GELU(),
-        nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1),
+        Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1),
         ToChannelsLast(),
         build_norm(norm, channels, stream=True),
     )
@@ -249,7 +294,7 @@ def build_downsample(
     kernel, padding = (2, 0) if version == "v2" else (3, 1)
     return nn.Sequential(
         ToChannelsFirst(),
-        nn.Conv2d(in_channels, out_channels, kernel_size=kernel, stride=2, padding=padding),
+        Conv2d(in_channels, out_channels, kernel_size=kernel, stride=2, padding=padding),
         ToChannelsLast(),
         build_norm(norm, out_channels, stream=True),
     )
@@ -266,12 +311,14 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        act = ACTIVATIONS[self.act]
-        hidden = act(x)
-        # The gradient of relu keeps its result, and not what it took.
-        if self.act != "relu":
-            hidden = with_origin(hidden, act, x)
+        hidden = self.fc1.activated(x, self.act) if type(self.fc1) is Linear else None
+        if hidden is None:
+            x = self.fc1(x)
+            act = ACTIVATIONS[self.act]
+            hidden = act(x)
+            # The gradient of relu keeps its result, and not what it took.
+            if self.act != "relu":
+                hidden = with_origin(hidden, act, x)
         return self.drop(self.fc2(self.drop(hidden)))
 
 

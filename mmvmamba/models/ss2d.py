@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvmamba.models import cpu
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     ActivationName,
     KeepsFloat32,
+    KeepsPacked,
     LayerNorm,
     Linear,
     linear,
@@ -33,7 +35,7 @@ InitName = Literal["mamba", "rand", "zero"]
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
-class SS2D(KeepsFloat32):
+class SS2D(KeepsFloat32, KeepsPacked):
     """2D selective scan: projections, depth-wise convolution, the scan, normalisation.
 
     Args:
@@ -124,7 +126,7 @@ class SS2D(KeepsFloat32):
             x = self._scan_lines(x.transpose(1, 2), slice(2, 4))
             return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
-        proj = linear(x, self.x_proj_weight.flatten(0, 1))
+        proj = linear(x, self.x_proj_weight)
         y, total = selective_scan_2d_norm(
             x,
             proj.unflatten(-1, self.x_proj_weight.shape[:2]),
@@ -300,7 +302,11 @@ def convolve(conv: nn.Conv2d | None, act: ActivationName, x: Tensor) -> Tensor:
     """The depth-wise convolution, if there is one, and the activation, of (B, H, W, C)."""
     if conv is None:
         return ACTIVATIONS[act](x)
-    return depthwise_conv(x, conv.weight, conv.bias, act=act)
+    parameters = conv.weight, conv.bias
+    if cpu.serves(x, *parameters) and not cpu.records(x, *parameters):
+        y = cpu.convolve(x.permute(0, 3, 1, 2), *parameters, (1, 1), (1, 1), conv.groups, act)
+        return y.permute(0, 2, 3, 1)
+    return depthwise_conv(x, *parameters, act=act)
 
 
 def projection_weight(out_features: int, in_features: int) -> Tensor:

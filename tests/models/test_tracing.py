@@ -35,4 +35,8 @@ def test_a_saved_trace_gives_the_same_maps_and_gradients(name, gradients):
         sum(one.square().sum() for one in maps).backward()
         results.append([*maps, *(p.grad for _, p in sorted(network.named_parameters()))])
     for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected)
+        # Traced products take another route on CPUs: float32 sums of up to 256 products (maps) and
+        # positions (gradients) in another order.
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max())
+        )

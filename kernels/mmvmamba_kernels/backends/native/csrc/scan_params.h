@@ -18,6 +18,9 @@ constexpr int kTile = 64;
 // Channels that are computed together. Parameters are padded with zeros to a multiple of it.
 constexpr int kLanes = 16;
 
+// Ranks that are computed together in their gradient; padded likewise.
+constexpr int kRankLanes = 8;
+
 // One direction's order of positions: `sequences` paths of `length` positions each. Position i of
 // sequence s, counted from the front, is s * sequence_stride + (i / inner) * outer_stride +
 // (i % inner) * inner_stride.

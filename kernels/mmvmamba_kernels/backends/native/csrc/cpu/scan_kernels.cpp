@@ -10,8 +10,8 @@ namespace mmvmamba {
 namespace MMVMAMBA_ISA {
 namespace {
 
-// Positions (or rows of a gradient) whose sums stay in registers together.
-constexpr int kUnroll = 8;
+// Positions (or rows of a gradient) whose sums stay in registers together, of which AVX2 has 16.
+constexpr int kUnroll = kVectorBytes < 64 ? 4 : 8;
 
 // One tile of one direction's path, in the order of the path.
 template <typename T>
@@ -70,7 +70,7 @@ struct Direction {
            channel;
   }
 
-  void locate(int64_t s, int64_t index, Tile<T>& tile) const {
+  void locate(int64_t s, int64_t index, const Map& output, Tile<T>& tile) const {
     const Path& route = path();
     const int64_t start = index * kTile;
     const int64_t left = route.length - start;
@@ -89,6 +89,10 @@ struct Direction {
     for (int t = 0; t < tile.count; ++t) {
       tile.position[t] = position;
       tile.row[t] = rows + position * p.coefficients_position_stride;
+      // Paths jump: the processor does not foresee where to.
+      __builtin_prefetch(tile.row[t]);
+      __builtin_prefetch(at(p.x, position));
+      __builtin_prefetch(at(output, position));
       const bool at_end = until_jump == 0;
       position += at_end ? jump : step;
       until_jump = at_end ? route.inner - 1 : until_jump - 1;
@@ -138,7 +142,7 @@ void forward(const ScanParams<T>& p, int64_t image, int64_t block) {
           T* carry = direction.carry(s, index);
           for (int n = 0; n < p.states; ++n) state[n].store(carry + n * p.padded_channels);
         }
-        direction.locate(s, index, tile);
+        direction.locate(s, index, p.out, tile);
         direction.raw_steps(tile);
         for (int t = 0; t < tile.count; ++t) {
           if (p.softplus) tile.delta[t] = softplus<T, false>(tile.delta[t]).value;
@@ -182,19 +186,20 @@ inline void grad_weight_rows(const Tile<T>& tile, const Lanes<T>* grad_raw, int 
   for (int j = 0; j < kCount; ++j) total[j].store(grad_weight + (r + j) * stride);
 }
 
-// grad_low_rank[t] += grad_raw[t] . weight for kCount positions; lanes are ranks here.
+// grad_low_rank[t] += grad_raw[t] . weight for kCount positions and kRankLanes ranks.
 template <int kCount, typename T>
 inline void grad_low_rank_rows(const Lanes<T>* grad_raw, const T* weight, int64_t weight_stride,
                                int64_t lanes, T* const* target, int64_t r) {
+  using Ranks = Lanes<T, kRankLanes>;
   T values[kCount][kLanes];
-  Lanes<T> total[kCount];
+  Ranks total[kCount];
   for (int j = 0; j < kCount; ++j) {
     grad_raw[j].store(values[j]);
-    total[j] = Lanes<T>::load(target[j] + r);
+    total[j] = Ranks::load(target[j] + r);
   }
   for (int64_t c = 0; c < lanes; ++c) {
-    const Lanes<T> row = Lanes<T>::load(weight + c * weight_stride + r);
-    for (int j = 0; j < kCount; ++j) total[j] += row * Lanes<T>(values[j][c]);
+    const Ranks row = Ranks::load(weight + c * weight_stride + r);
+    for (int j = 0; j < kCount; ++j) total[j] += row * Ranks(values[j][c]);
   }
   for (int j = 0; j < kCount; ++j) total[j].store(target[j] + r);
 }
@@ -214,6 +219,7 @@ struct Backward {
   Lanes<T> decay[kTile];
   Lanes<T> state[kTile + 1];  // state[t] enters position t.
   Lanes<T> adjoint[kMaxStates];
+  Lanes<T, kSums> grad_b[kTile], grad_c[kTile];  // Sums over the lanes are left to do.
   T* target[kTile];  // Where the gradients of the rows [low rank | B | C] go.
 
   Backward(const ScanParams<T>& params, T* grad_parameters_, T* grad_coefficients_)
@@ -259,7 +265,7 @@ struct Backward {
   }
 
   void prepare(const Direction<T>& direction, int64_t s, int64_t index) {
-    direction.locate(s, index, tile);
+    direction.locate(s, index, p.grad_x, tile);
     direction.raw_steps(tile);
     for (int t = 0; t < tile.count; ++t) {
       if (p.softplus) {
@@ -289,10 +295,9 @@ struct Backward {
     Lanes<T> g = adjoint[n];
     for (int t = tile.count - 1; t >= 0; --t) {
       const T* weights = tile.row[t] + p.rank + n;
-      T* grad_weights = target[t] + p.padded_rank + n;
       g += grad_y[t] * Lanes<T>(weights[p.states]);
-      grad_weights[0] += (g * tile.drive[t]).sum();
-      grad_weights[p.states] += (state[t + 1] * grad_y[t]).sum();
+      grad_b[t] = (g * tile.drive[t]).fold();
+      grad_c[t] = (state[t + 1] * grad_y[t]).fold();
       grad_drive[t] += g * Lanes<T>(weights[0]);
       // What reaches the position before is also the gradient of its state's decay.
       g *= decay[t];
@@ -301,7 +306,16 @@ struct Backward {
       grad_rate += grad_log * tile.delta[t];
     }
     adjoint[n] = g;
+    add_rows(grad_b, p.padded_rank + n);
+    add_rows(grad_c, p.padded_rank + p.states + n);
     accumulate(grad_parameter(direction, p.rank + 1 + n), grad_rate);
+  }
+
+  // Adds the sum of each position's lanes to its gradient, at `offset` of the row.
+  void add_rows(const Lanes<T, kSums>* rows, int64_t offset) {
+    int t = 0;
+    for (; t + kSums <= tile.count; t += kSums) add_sums<T>(rows + t, target + t, offset);
+    for (; t < tile.count; ++t) target[t][offset] += rows[t].sum();
   }
 
   void finish(const Direction<T>& direction) {
@@ -326,11 +340,10 @@ struct Backward {
 
     const T* weight =
         p.weight_by_channel + (direction.k * p.padded_channels + direction.channel) * p.padded_rank;
-    for (int64_t q = 0; q < p.padded_rank; q += kLanes) {
+    for (int64_t q = 0; q < p.padded_rank; q += kRankLanes) {
       int t = 0;
-      for (; t + kUnroll <= tile.count; t += kUnroll) {
-        grad_low_rank_rows<kUnroll>(grad_raw + t, weight, p.padded_rank, direction.lanes,
-                                    target + t, q);
+      for (; t + 8 <= tile.count; t += 8) {
+        grad_low_rank_rows<8>(grad_raw + t, weight, p.padded_rank, direction.lanes, target + t, q);
       }
       for (; t < tile.count; ++t) {
         grad_low_rank_rows<1>(grad_raw + t, weight, p.padded_rank, direction.lanes, target + t, q);

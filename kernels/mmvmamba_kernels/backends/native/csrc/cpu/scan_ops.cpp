@@ -158,7 +158,7 @@ struct Scan {
     p.positions = positions;
     p.states = static_cast<int>(states);
     p.rank = static_cast<int>(rank);
-    p.padded_rank = round_up(rank, kLanes);
+    p.padded_rank = round_up(rank, kRankLanes);
     p.directions = static_cast<int>(directions);
     p.softplus = a.softplus;
     for (int64_t k = 0; k < directions; ++k) {

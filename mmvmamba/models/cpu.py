@@ -1,0 +1,228 @@
+"""Float32 convolutions on CPUs, and the linear layers that are 1x1 ones, by PyTorch's libraries.
+
+oneDNN takes the widest vectors that a CPU has, MKL keeps to AVX2 on AMD's. What each is best at:
+
+- Forward, oneDNN. It lays weights out anew in every call, which costs as much as the product where
+  a map has few positions: evaluation keeps the laid-out copy. Activations are applied to results
+  while these are in cache.
+- Backward, MKL where vectors are AVX2's: gradients of linear layers, and of the weights of strided
+  convolutions as products with the patches that these read. oneDNN elsewhere.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mmvmamba_kernels.registration import needs_dispatcher
+
+AVAILABLE = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+"""Whether this PyTorch has both libraries; without, its own operators do everything."""
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+ACTIVATIONS = {
+    None: ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+}
+"""Activations by what oneDNN's operator calls them, name and algorithm."""
+
+PACKED_POSITIONS = 2048
+"""Weights are packed for maps of at most so many positions: above, laying them out takes less than
+2 % of the product's time (computed), and a second copy would not pay for its memory."""
+
+SAMPLES = 64
+
+
+class _Signs(NamedTuple):
+    """What a packed weight was made for and of.
+
+    `weight.data.copy_(...)` changes neither version nor address. Exponential averages are updated
+    so, and the samples tell of any such change to all of a weight. A change of single elements
+    through `data` or NumPy is not seen before the next `eval()`: PyTorch cannot tell either.
+    """
+
+    shape: tuple[int, ...]
+    version: int
+    address: int
+    sample: Tensor
+
+    def equal(self, other: "_Signs") -> bool:
+        return self[:3] == other[:3] and torch.equal(self.sample, other.sample)
+
+
+class _Packed(NamedTuple):
+    copy: Tensor
+    signs: _Signs
+
+
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def serves(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether :func:`convolve` is for such a call, here and now.
+
+    Compilers choose themselves; tracers, transforms and counters want operators that they know.
+    """
+    return (
+        AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 0
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_dispatcher([x, *(p for p in parameters if p is not None)])
+        and all(p is None or p.dtype == torch.float32 for p in parameters)
+    )
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    act: str | None = None,
+) -> Tensor:
+    """A convolution that :func:`serves` said yes to.
+
+    Args:
+        x: (B, C, H, W), in torch's channels_last memory format or copied to it.
+        weight: (O, C / groups, kernel height, kernel width), or (..., C) of a linear layer, whose
+            outputs O are all but the last dimension.
+        bias: (O,) or None.
+        stride: Steps of the kernel, in positions.
+        padding: Zeros around the map.
+        groups: As `nn.Conv2d`'s.
+        act: A key of `ACTIVATIONS`, applied to the result; only where :func:`records` says no.
+
+    Returns:
+        (B, O, H', W'), in the channels_last memory format.
+    """
+    if not records(x, weight, bias):
+        attr, algorithm = ACTIVATIONS[act]
+        operand = _laid_out(weight, tuple(x.shape), stride, padding, groups)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, operand, bias, padding, stride, (1, 1), groups, attr, [], algorithm
+        )
+    if AVX512:
+        return F.conv2d(x, _kernel(weight), bias, stride, padding, groups=groups)
+    return _Convolution.apply(x, _kernel(weight), bias, stride, padding)
+
+
+def forget(parameters: Iterable[Tensor]) -> None:
+    """Drops what evaluation keeps of these."""
+    for parameter in parameters:
+        _packed.pop(parameter, None)
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """The weight in four dimensions."""
+    return weight if weight.dim() == 4 else weight.flatten(0, -2)[:, :, None, None]
+
+
+def _laid_out(
+    weight: Tensor,
+    shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """The weight as oneDNN wants it for a map of such a shape, where keeping that copy pays."""
+    positions = shape[0] * shape[2] * shape[3] // (stride[0] * stride[1])
+    parameter = type(weight) is nn.Parameter and not weight.is_inference()
+    if positions > PACKED_POSITIONS or groups > 1 or not parameter:
+        return _kernel(weight.detach())
+    now = _Signs(shape, weight._version, weight.data_ptr(), _sample(weight.detach()))
+    kept = _packed.get(weight)
+    if kept is None or not kept.signs.equal(now):
+        # For another shape oneDNN may want another order, and changes one into the other slowly.
+        plain = _kernel(weight.detach()).contiguous().to_mkldnn()
+        copy = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+            plain, padding, stride, (1, 1), groups, shape
+        )
+        kept = _packed[weight] = _Packed(copy, now._replace(sample=now.sample.clone()))
+    return kept.copy
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some elements, spread over the memory of a weight that has no gaps."""
+    step = max(weight.numel() // SAMPLES, 1)
+    return weight.as_strided((min(SAMPLES, weight.numel()),), (step,))
+
+
+class _Convolution(torch.autograd.Function):
+    """`F.conv2d` whose gradients, but for a kernel's in the map, are matrix products."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if tuple(weight.shape[2:]) == (1, 1):
+                sizes = (grad.shape[0], *grad.shape[2:])
+                grad_x = (rows @ weight[:, :, 0, 0]).unflatten(0, sizes).permute(0, 3, 1, 2)
+            else:
+                grad_x = torch.ops.aten.convolution_backward(
+                    grad,
+                    x,
+                    weight,
+                    None,
+                    ctx.stride,
+                    ctx.padding,
+                    (1, 1),
+                    False,
+                    (0, 0),
+                    1,
+                    (True, False, False),
+                )[0]
+        if ctx.needs_input_grad[1]:
+            kernel = weight.shape[2:]
+            patches = _patches(x, kernel, ctx.stride, ctx.padding)
+            grad_weight = (rows.t() @ patches).unflatten(1, (*kernel, -1)).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _patches(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> Tensor:
+    """What a kernel reads at each of its positions: (B H' W', kernel height * width * C)."""
+    x = x.permute(0, 2, 3, 1)
+    if tuple(kernel) == (1, 1):
+        return x.flatten(0, 2)
+    x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    batch, height, width, channels = x.shape
+    steps = x.stride()
+    out = [(size - k) // s + 1 for size, k, s in zip((height, width), kernel, stride, strict=True)]
+    patches = x.as_strided(
+        (batch, *out, *kernel, channels),
+        (steps[0], steps[1] * stride[0], steps[2] * stride[1], *steps[1:]),
+    )
+    return patches.flatten(0, 2).flatten(1)
