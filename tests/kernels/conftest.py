@@ -10,7 +10,7 @@ from mmvmamba_kernels.backends.triton.support import interpreting
 
 
 def _once(function, key):
-    """The function, called once for every key that its argument has; each time where it has none."""
+    """The function, called once for every key that its argument has, and each time without one."""
     known = {}
 
     def look_up(argument, *others, **named):
