@@ -15,7 +15,7 @@ from torch import nn
 from mmvmamba.engine import cli, invalid_loss_hook, replay
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.invalid_loss_hook import InvalidLossError, StopOnInvalidLoss
-from mmvmamba.engine.nonfinite import random_states, set_random_states, trace_step
+from mmvmamba.engine.nonfinite import describe, random_states, set_random_states, trace_step
 from mmvmamba.models.checkpoint import CheckpointError
 
 NAN = float("nan")
@@ -264,3 +264,8 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"batch": run}, other)
     with pytest.raises(CheckpointError, match="holds more than weights"):
         replay.read_step(other)
+
+
+def test_finite_numbers_are_described_by_the_largest():
+    assert describe(torch.tensor([-3.0, 2.0])) == "(2,) float32, up to 3"
+    assert describe(torch.ones(0)) == "(0,) float32, up to 0"
