@@ -80,6 +80,23 @@ def test_the_first_module_is_named_and_the_file_shows_it_again(name, runner_of, 
     assert f"first module with a non-finite result: {LAYER}" in capsys.readouterr().out
 
 
+def without_scopes(settings):
+    if isinstance(settings, dict):
+        return {k: without_scopes(v) for k, v in settings.items() if k != "_scope_"}
+    return list(map(without_scopes, settings)) if isinstance(settings, list | tuple) else settings
+
+
+def test_classes_without_a_scope_are_those_of_the_default_one(runner_of, tmp_path):
+    """As in a config that inherits nothing from an installed package."""
+    runner = runner_of("mmpretrain")
+    runner.register_hook(HugeWeights())
+    with pytest.raises(InvalidLossError):
+        runner.train()
+    content = replay.read_step(tmp_path / "invalid_loss_iter_2.pt")
+    content["config"] = without_scopes(content["config"])
+    assert replay.replay(content).origins[0].module == f"{LAYER} (Linear)"
+
+
 def test_one_of_two_processes_ends_both(project, sample_data, tmp_path):
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     task = TASKS["mmpretrain"]
