@@ -243,6 +243,8 @@ def become(request: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    # Chosen anew, by this environment.
+    tempfile.tempdir = None
     random.seed()
     np.random.seed()  # noqa: NPY002
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
