@@ -11,8 +11,10 @@ from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.runner import IterBasedTrainLoop as Upstream
 from mmengine.runner import loops as upstream_loops
+from tiny import TASKS, command_line
 from torch.utils.data import Dataset
 
+from mmvmamba.engine import cli
 from mmvmamba.engine.loops import IterBasedTrainLoop
 from mmvmamba.engine.seeds import build_train_dataloader, seed_step
 
@@ -108,6 +110,21 @@ def test_iterations_over_a_finite_sampler_start_in_their_epoch():
     first, second = passes(2)
     (rest,) = passes(1, start=len(first) + 2, by_epoch=False)
     assert rest == second[2:]
+
+
+def test_a_training_by_iterations_is_resumed_within_its_epoch(project, sample_data, tmp_path):
+    arguments = command_line(TASKS["mmseg"], project, sample_data, tmp_path)
+    arguments += ["train_dataloader.sampler.type=DefaultSampler"]
+
+    def batches(iteration: int, epoch: int) -> list[list[int]]:
+        runner = cli.build_runner(cli.train_config(cli.parse_train_arguments(arguments)))
+        runner._resumed = {"meta": {"iter": iteration}}
+        sampler = runner.train_loop.dataloader.batch_sampler
+        sampler.sampler.set_epoch(epoch)
+        return [list(map(int, batch)) for batch in sampler]
+
+    # Four images are two steps.
+    assert batches(3, 0) == batches(0, 1)[1:]
 
 
 class Dicing(InfiniteSampler):
