@@ -2,9 +2,9 @@
 
 from mmvmamba.compat import (
     allow_mmengine_checkpoints,
-    check_downloaded_weights,
     check_stack,
     imported_for,
+    read_weights_as_data,
     register_config_scope,
 )
 from mmvmamba.version import __version__
@@ -17,5 +17,5 @@ if not imported_for("mmvmamba.doctor"):
     # The launcher reads no weights, and what these import takes seconds.
     if not imported_for("mmvmamba.engine.launch"):
         allow_mmengine_checkpoints()
-        check_downloaded_weights()
+        read_weights_as_data()
         register_config_scope()

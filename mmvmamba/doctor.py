@@ -34,16 +34,10 @@ STYLES: dict[Status, str] = {"ok": "green", "skipped": "dim", "warning": "yellow
 # What imports of packages that do not fit one another raise: mmdet and mmseg assert their mmcv's
 # version, compiled libraries do not load (OSError, RuntimeError), names have moved.
 BROKEN = (ImportError, OSError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError)
-# Distribution -> the module whose import brings in all that its task needs.
-TASKS = {
-    "mmdet": "mmdet.models",
-    "mmsegmentation": "mmseg.models",
-    "mmpretrain": "mmpretrain.models",
-}
-# Distribution -> one of our configs that is built on its own.
+# A task's module -> one of our configs that is built on its own.
 CONFIGS = {
     "mmdet": "mmvmamba::mask_rcnn/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py",
-    "mmsegmentation": "mmvmamba::upernet/upernet_vmamba-tiny-s1l8_4xb4-160k_ade20k-512x512.py",
+    "mmseg": "mmvmamba::upernet/upernet_vmamba-tiny-s1l8_4xb4-160k_ade20k-512x512.py",
     "mmpretrain": "mmvmamba::vmamba/vmamba-tiny-s1l8_8xb128_in1k.py",
 }
 MODEL = {
@@ -102,7 +96,7 @@ def examine() -> Iterator[Finding]:
             continue
         for finding in check():
             if finding.status == "error":
-                failed |= {group, finding.check}
+                failed |= {group, compat.module_of(finding.check)}
             yield finding
 
 
@@ -120,15 +114,17 @@ def check_packages() -> Iterator[Finding]:
             "PYTHON=python3.13 bash tools/setup_env.sh",
         )
     yield Finding("mmvmamba", "ok", f"{__version__}, {Path(__file__).parent}")
-    for name, (window, command) in compat.STACK.items():
-        found, problem = compat.installed_version(name), compat.stack_problem(name)
+    stack = compat.stack()
+    for name, (window, _) in stack.items():
+        found, problem = compat.stack_version(name), compat.stack_problem(name)
+        command = compat.stack_command(name)
         if problem:
             yield Finding(name, "error", found or "not installed", problem, command)
         elif untested := compat.untested(name):
             yield Finding(name, "warning", found, untested, command)
         elif found:
             yield Finding(name, "ok", f"{found} ({window})")
-        elif name in TASKS:
+        elif compat.module_of(name) in CONFIGS:
             yield Finding(name, "skipped", "not installed", "needed for its own task only", command)
         elif find_spec(name) is not None:
             yield Finding(name, "ok", "under another name")
@@ -137,7 +133,7 @@ def check_packages() -> Iterator[Finding]:
     for name, (window, command, lost) in compat.ADVISED.items():
         found = compat.installed_version(name)
         fits = found is not None and window.contains(found, prereleases=True)
-        if name in compat.STACK and (found is None or fits or compat.stack_problem(name)):
+        if name in stack and (found is None or fits or compat.stack_problem(name)):
             continue
         if found is None:
             yield Finding(name, "error", "not installed", f"mmvmamba needs {name}", command)
@@ -204,7 +200,7 @@ def check_mmcv() -> Iterator[Finding]:
     """Runs one of mmcv's compiled operators, on the GPU too if there is one."""
     import torch
 
-    _, command = compat.STACK["mmcv"]
+    command = compat.install_command("mmcv")
     # pip would otherwise keep what is there, or take the wheel that it built last time.
     command += " --force-reinstall --no-deps --no-cache-dir"
     if compat.installed_version("mmcv-lite"):
@@ -232,9 +228,20 @@ def check_mmcv() -> Iterator[Finding]:
 
 def check_tasks() -> Iterator[Finding]:
     """Imports what each task's package brings, for those that are installed."""
-    for name, module in TASKS.items():
-        if compat.installed_version(name) is not None and compat.stack_problem(name) is None:
-            yield from _check_import(name, module)
+    for name in _usable_tasks():
+        # All that the task needs.
+        yield from _check_import(name, f"{compat.module_of(name)}.models")
+
+
+def _usable_tasks() -> list[str]:
+    """The tasks' packages that are installed and fit."""
+    return [
+        name
+        for name in compat.stack()
+        if compat.module_of(name) in CONFIGS
+        and compat.stack_version(name)
+        and compat.stack_problem(name) is None
+    ]
 
 
 def _check_import(name: str, module: str) -> Iterator[Finding]:
@@ -273,8 +280,7 @@ def _import(module: str) -> tuple[str, str] | None:
 def _install_command(module: str) -> str:
     if module == "pkg_resources":
         return compat.STACK["setuptools"][1]
-    name = {"mmseg": "mmsegmentation", "cv2": "opencv-python-headless"}.get(module, module)
-    return compat.STACK[name][1] if name in compat.STACK else f"pip install {name}"
+    return compat.install_command("opencv-python-headless" if module == "cv2" else module)
 
 
 def check_kernels() -> Iterator[Finding]:
@@ -325,21 +331,17 @@ def check_configs() -> Iterator[Finding]:
         return
     from mmengine.hub import get_config
 
-    usable = [
-        name
-        for name in CONFIGS
-        if compat.installed_version(name) and compat.stack_problem(name) is None
-    ]
+    usable = [compat.module_of(name) for name in _usable_tasks()]
     if not usable:
         problem = f"its configs begin with those of {', '.join(CONFIGS)}, none of which is there"
         yield Finding("config scope mmvmamba::", "skipped", problem=problem)
-    for name in usable[:1]:
+    for module in usable[:1]:
         try:
-            backbone = get_config(CONFIGS[name]).model.backbone.type
+            backbone = get_config(CONFIGS[module]).model.backbone.type
         except (*BROKEN, KeyError) as error:
             yield Finding("config scope mmvmamba::", "error", "", _first_line(error), command)
         else:
-            yield Finding("config scope mmvmamba::", "ok", f"{CONFIGS[name]}: {backbone}")
+            yield Finding("config scope mmvmamba::", "ok", f"{CONFIGS[module]}: {backbone}")
 
 
 def _reinstall_command() -> str:

@@ -1,6 +1,5 @@
 """What all tests share: the project's folder, a small set of sample data and the options below."""
 
-import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -89,30 +88,13 @@ def project() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cached_lookups():
-    """Where a `package::` config lies is looked up once.
-
-    For every such name, mmengine imports a package anew and reads all metafiles of the other: a
-    tenth of a second, several times per config.
-    """
+def quickened():
+    """See `quick`."""
     # The operators' tests need no mmengine.
-    if "mmengine.config" not in sys.modules:
-        yield
-        return
-    from mmengine.config import Config, utils
+    if "mmengine.config" in sys.modules:
+        import quick
 
-    look_up = Config._get_cfg_path
-    cached = functools.cache(look_up)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "load", functools.cache(utils.load))
-        patch.setattr(
-            Config,
-            "_get_cfg_path",
-            staticmethod(
-                lambda name, child: cached(name, "") if "::" in name else look_up(name, child)
-            ),
-        )
-        yield
+        quick.quicken()
 
 
 @pytest.fixture(scope="session")

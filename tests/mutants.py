@@ -510,14 +510,14 @@ def run(options: argparse.Namespace) -> None:
     groups = defaultdict(list)
     for mutant in mutants:
         tests = options.tests or [mutant.get("tests", "tests")]
-        groups[tests[0][: tests[0].index("tests")]].append(mutant)
+        groups[tuple(_words(tests[0])[0].items())].append(mutant)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         places = [
             Workplace(options.tree.resolve(), Path(folder, str(n))) for n in range(options.jobs)
         ]
         try:
             for variables, group in groups.items():
-                _run_group(group, places, _words(f"{variables} tests")[0], options)
+                _run_group(group, places, dict(variables), options)
         finally:
             for place in places:
                 place.remove()

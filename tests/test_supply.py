@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ else:
 PROJECT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = PROJECT / "requirements"
 METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-LOCKS = ("stack", "lowest", "newest", "mmcv", "uv")
+LOCKS = ("stack", "lowest", "newest", "mmcv", "onedl", "onedl-sources", "uv")
 
 
 def named(lines: list[str]) -> dict[str, Requirement]:
@@ -33,12 +32,17 @@ def named(lines: list[str]) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in found}
 
 
+def extras(onedl: bool) -> Iterator[str]:
+    """What the extras ask for: those of OneDL's packages, or all others."""
+    for name, requirements in METADATA["project"]["optional-dependencies"].items():
+        if name.endswith("-onedl") == onedl:
+            yield from requirements
+
+
 def declared() -> dict[str, Requirement]:
     """Every requirement with bounds: of the package, its extras and what it leaves to the user."""
-    project = METADATA["project"]
-    extras = chain.from_iterable(project["optional-dependencies"].values())
     left = (REQUIREMENTS / "bounds.in").read_text().splitlines()
-    return named([*project["dependencies"], *extras, *left])
+    return named([*METADATA["project"]["dependencies"], *extras(onedl=False), *left])
 
 
 def locked(name: str) -> Iterator[tuple[Requirement, list[str]]]:
@@ -105,6 +109,43 @@ def test_both_bounds_are_the_versions_that_were_tested(name):
     release = bound(requirement, "<").release
     *series, last = newest.release[: len(release)]
     assert (*series, last + 1) == release
+
+
+def onedl_pins() -> dict[str, list[Version]]:
+    """All of OneDL's stack: what is downloaded, and what is built from sources."""
+    return pins("onedl") | pins("onedl-sources")
+
+
+def test_onedls_stack_is_the_other_with_its_packages():
+    found, other = onedl_pins(), pins("stack")
+    assert {name for name in found if name.startswith("onedl-")} == compat.ONEDL.keys() - {"torch"}
+    assert not {names[0] for names in compat.MODULES.values()} & found.keys()
+    for name in found.keys() & other.keys():
+        assert found[name] == other[name], name
+    left_out = {names[0] for names in compat.MODULES.values()}
+    asked = named((REQUIREMENTS / "stack.in").read_text().splitlines())
+    assert asked.keys() - left_out <= found.keys()
+    # Each extra has its twin.
+    twins = METADATA["project"]["optional-dependencies"]
+    assert [f"{name}-onedl" in twins for name in ("det", "seg", "cls")] == [True] * 3
+
+
+@pytest.mark.parametrize("name", sorted(compat.ONEDL.keys() - {"torch"}))
+def test_onedls_windows_are_what_was_tested(name):
+    """One version, the lowest, to the end of its series; said alike by package and advice."""
+    window, command = compat.ONEDL[name]
+    [tested] = onedl_pins()[name]
+    *series, last = tested.release[:2]
+    assert window == SpecifierSet(f">={tested},<{'.'.join(map(str, [*series, last + 1]))}")
+    requirement = named(list(extras(onedl=True))).get(name)
+    if name == "onedl-mmcv":
+        assert command.endswith(f" {name}=={tested}")
+    else:
+        assert str(Requirement(command.split('"')[1]).specifier) == str(window)
+    # As OpenMMLab's, these two are left to the user.
+    assert (requirement is None) == (name in ("onedl-mmcv", "onedl-mmengine"))
+    if requirement:
+        assert requirement.specifier == window
 
 
 def test_windows_at_run_time_are_those_of_the_package():

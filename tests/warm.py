@@ -32,6 +32,9 @@ TASKS = (
     *("mmdet.apis", "mmseg.apis", "mmpretrain", "mmpretrain.datasets", "mmpretrain.models"),
     *("torch.distributed.fsdp", "torch.distributed.run", "torch._dynamo"),
     *("mmdet.evaluation", "mmseg.evaluation", "mmpretrain.evaluation", "matplotlib.pyplot"),
+    *("mmdet.engine", "mmseg.engine", "mmpretrain.engine", "mmseg.datasets", "torch.onnx"),
+    *("mmdet.visualization", "mmseg.visualization", "mmpretrain.visualization"),
+    *("pkg_resources", "setuptools.dist", "matplotlib.backends.backend_agg", "quick"),
 )
 LAUNCHER = "mmvmamba.engine.launch"
 # Stands in for the Python of a shell script, to know what that would start.
@@ -182,9 +185,15 @@ def run(
 def main() -> None:
     """Imports what the command line names, and forks programs until nobody asks any more."""
     import gc
+    import warnings
 
-    for name in sys.argv[1:]:
-        import_module(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources")
+        for name in sys.argv[1:]:
+            import_module(name)
+        if "quick" in sys.modules:
+            sys.modules["quick"].quicken()
+            sys.modules["quick"].read_upstreams_configs()
     # Programs share the memory of what they do not change.
     gc.collect()
     gc.freeze()
@@ -234,6 +243,8 @@ def become(request: dict, streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    # Chosen anew, by this environment.
+    tempfile.tempdir = None
     random.seed()
     np.random.seed()  # noqa: NPY002
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))

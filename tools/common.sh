@@ -3,9 +3,12 @@
 
 TOOLS_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PROJECT_DIR=$(dirname "$TOOLS_DIR")
-# STACK=lowest and STACK=newest stand for other lists of packages, in an environment of their own.
-# shellcheck disable=SC2034 # Used by the scripts that read this.
+# STACK=lowest, newest and onedl stand for other lists of packages, in an environment of their own.
 REQUIREMENTS=requirements/${STACK:-stack}.txt
+# What is built here, from sources: mmcv with its operators, and OneDL's other packages.
+SOURCES=${REQUIREMENTS%.txt}-sources.txt
+# shellcheck disable=SC2034 # Used by the scripts that read this.
+[[ -f $PROJECT_DIR/$SOURCES ]] || SOURCES=requirements/mmcv.txt
 VENV=$PROJECT_DIR/.venv${STACK:+-$STACK}
 
 fail() {

@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 cd "$PROJECT_DIR"
 CONFIG=configs/sample/mask-rcnn_vmamba-sample_coco.py
-WORK=work_dirs/quickstart
+WORK=work_dirs/quickstart${STACK:+-$STACK}
 LOGS=$WORK/logs
 PICTURE=$WORK/predictions.png
 

@@ -42,7 +42,7 @@ hide_unusable_gpu
 if [[ -z $changed ]]; then
     # The linters are of the quick start's stack: other versions of them want other things.
     if [[ -z ${STACK:-} ]]; then bash tools/lint.sh; fi
-    python tools/misc/audit.py "$REQUIREMENTS" requirements/mmcv.txt requirements/uv.txt
+    python tools/misc/audit.py "$REQUIREMENTS" "$SOURCES" requirements/uv.txt
 fi
 # As the launcher does: on a busy machine, threads that wait by spinning slow everything down.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -3,7 +3,7 @@
 #
 # Variables: PYTHON (the interpreter to use), MAX_JOBS (compiler processes), CFLAGS (more of mmcv's),
 # XDG_CACHE_HOME (mmcv's wheel is kept in mmvmamba/wheels below it; ~/.cache by default),
-# STACK (lowest or newest: the packages of requirements/STACK.txt, in .venv-STACK).
+# STACK (lowest, newest or onedl: the packages of requirements/STACK.txt, in .venv-STACK).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -172,20 +172,20 @@ accelerator() {
     fi
 }
 
-# Makes the wheel in the folder, which is kept until then: what was compiled before an interruption is
-# not compiled again.
-build_mmcv() {
-    local folder=$1 source=$1/source
+# Makes the wheels in the folder, which is kept until then: what was compiled before an interruption
+# is not compiled again.
+build_sources() {
+    local folder=$1 source=$1/sources archive
     export PYTHONPATH=$TOOLS_DIR/misc/mmcv_build
     if [[ ! -d $source ]]; then
-        mkdir -p "$folder"
-        "$VENV/bin/python" -m pip download --no-deps --no-build-isolation --no-binary mmcv \
-            --require-hashes -r requirements/mmcv.txt -d "$folder"
-        tar -xzf "$folder"/mmcv-*.tar.gz -C "$folder"
-        # Its setup.py asks for C++17, which torch 2.14's headers refuse; torch itself asks for what
-        # its headers need.
-        sed -i.orig "s/\['-std=c++17'\]/[]/" "$folder"/mmcv-*/setup.py
-        mv "$folder"/mmcv-*/ "$source"
+        mkdir -p "$folder/unpacked"
+        "$VENV/bin/python" -m pip download --no-deps --no-build-isolation --no-binary :all: \
+            --require-hashes -r "$SOURCES" -d "$folder"
+        for archive in "$folder"/*.tar.gz; do tar -xzf "$archive" -C "$folder/unpacked"; done
+        # mmcv's setup.py asks for C++17, which torch 2.14's headers refuse; torch itself asks for
+        # what its headers need.
+        sed -i.orig "s/\['-std=c++17'\]/[]/" "$folder"/unpacked/*mmcv-*/setup.py
+        mv "$folder/unpacked" "$source"
     fi
     if [[ $ACCELERATOR == cpu ]]; then
         export FORCE_CUDA=0 CUDA_VISIBLE_DEVICES=-1
@@ -195,15 +195,16 @@ build_mmcv() {
         export CUDA_HOME
     fi
     MMCV_WITH_OPS=1 CFLAGS=$MMCV_CFLAGS MAX_JOBS=$JOBS PATH=$VENV/bin:$PATH \
-        "$VENV/bin/python" -m pip wheel -v --no-deps --no-build-isolation -w "$folder/out" "$source"
+        "$VENV/bin/python" -m pip wheel -v --no-deps --no-build-isolation -w "$folder/out" "$source"/*/
 }
 
-cached_wheel() { find "$WHEELS" -name 'mmcv-*.whl' 2>/dev/null | head -n 1; }
+# All wheels are there, not some of an interrupted move.
+cached() { [[ $(find "$WHEELS" -name '*.whl' 2>/dev/null | wc -l) -eq $(grep -c '==' "$SOURCES") ]]; }
 
-install_mmcv() {
+install_sources() {
     local build=$WHEELS.build
     mkdir -p "$WHEELS"
-    # One set-up builds; another that starts meanwhile waits here and takes its wheel.
+    # One set-up builds; another that starts meanwhile waits here and takes its wheels.
     if command -v flock >/dev/null; then
         echo 'waiting while another set-up builds mmcv'
         exec 9>"$WHEELS.lock"
@@ -211,13 +212,13 @@ install_mmcv() {
     else
         build+=.$$
     fi
-    if [[ -z $(cached_wheel) ]]; then
-        build_mmcv "$build"
+    if ! cached; then
+        build_sources "$build"
         # Moved within one file system: other set-ups see a whole wheel or none.
-        mv "$build"/out/mmcv-*.whl "$WHEELS/"
+        mv "$build"/out/*.whl "$WHEELS/"
         rm -rf "$build"
     fi
-    "$VENV/bin/python" -m pip install --no-deps --no-index --force-reinstall "$(cached_wheel)"
+    "$VENV/bin/python" -m pip install --no-deps --no-index --force-reinstall "$WHEELS"/*.whl
     "$VENV/bin/python" -c 'from mmcv.ops import nms; print("mmcv operators work")'
 }
 
@@ -243,24 +244,25 @@ read -r version tag < <("$VENV/bin/python" -c 'import platform, sys, sysconfig
 print(platform.python_version(), "cp%d%d-%s" % (*sys.version_info[:2], sysconfig.get_platform()))')
 printf '   Python %s\n' "$version"
 
-WHEELS=$CACHE/wheels/mmcv$(pinned mmcv requirements/mmcv.txt)-torch$(pinned torch "$REQUIREMENTS")-$ACCELERATOR-$tag
+built=$(sed -n 's/^\([^ =]*\)==\([^ ]*\).*/\1\2/p' "$SOURCES" | paste -sd- -)
+WHEELS=$CACHE/wheels/$built-torch$(pinned torch "$REQUIREMENTS")-$ACCELERATOR-$tag
 WHEELS+=-flags$(printf '%s' "$MMCV_CFLAGS" | content_hash)
 stack_key=$(content_hash "$REQUIREMENTS")
-mmcv_key=$(basename "$WHEELS")-$(content_hash requirements/mmcv.txt)
+mmcv_key=$(basename "$WHEELS")-$(content_hash "$SOURCES")
 package_key=$(content_hash setup.py pyproject.toml)
 kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/backends/native/{csrc,build.py} -type f -print0 | sort -z | xargs -0 cat | content_hash)
 # Found now rather than after the download.
 free=$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print int($4 / 1048576) }')
 [[ -f $STAMPS/stack ]] || ((free >= DISK_GB)) ||
     fail "$PROJECT_DIR has $free GB free; the set-up needs about $DISK_GB GB (torch brings its CUDA libraries)."
-[[ -n $(cached_wheel) ]] || check_compiler
+cached || check_compiler
 # Files that the stamps vouch for but that someone has removed are made again.
 [[ -e mmvmamba/.mim/configs && -e mmvmamba/.mim/tools ]] || rm -f "$STAMPS/mmvmamba"
 [[ -n $(find kernels/mmvmamba_kernels/backends/native/lib -name '*.so' 2>/dev/null) ]] || rm -f "$STAMPS/kernels"
 
 step stack "$stack_key" '1 to 3 min, 5 GB' 'pinned packages' install_stack
-if [[ -n $(cached_wheel) ]]; then duration='15 s'; else duration="$((18 / (JOBS < 18 ? JOBS : 18) + 1)) min, once per machine"; fi
-step mmcv "$mmcv_key" "$duration" "mmcv with operators ($ACCELERATOR)" install_mmcv
+if cached; then duration='15 s'; else duration="$((18 / (JOBS < 18 ? JOBS : 18) + 1)) min, once per machine"; fi
+step mmcv "$mmcv_key" "$duration" "mmcv with operators ($ACCELERATOR)" install_sources
 step mmvmamba "$package_key" '10 s' 'mmvmamba' install_mmvmamba
 WITHOUT='the CPU runs the slower PyTorch version' \
     step kernels "$kernels_key" '1 min' 'C++ kernels' "$VENV/bin/python" -m mmvmamba_kernels.build

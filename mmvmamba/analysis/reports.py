@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import rich.table
@@ -15,6 +14,7 @@ from rich import box
 
 from mmvmamba.analysis.activations import Activations
 from mmvmamba.analysis.throughput import Result
+from mmvmamba.compat import stack_version
 from mmvmamba.engine.errors import UsageError
 
 
@@ -130,10 +130,7 @@ def machine(device: torch.device) -> dict[str, str]:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     found = {"device": name, "torch": torch.__version__}
     for package in ("triton", "timm", "mmpretrain"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "-"
+        found[package] = stack_version(package) or "-"
     return found | {"load": f"{os.getloadavg()[0]:.1f}"}
 
 

@@ -19,6 +19,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from mmvmamba.compat import install_command
 from mmvmamba.engine.cli import load_config, tell_notices
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
@@ -134,7 +135,7 @@ def _check_name(name: str) -> None:
     if importlib.util.find_spec(library) is None:
         raise ValueError(
             f"{name!r} is no arch of VMamba ({', '.join(archs)}), and for models of {library} that "
-            f"package is not installed: pip install {library}"
+            f"package is not installed: {install_command(library)}"
         )
     if name in PEERS:
         return

@@ -48,7 +48,12 @@ class IterBasedTrainLoop(IterBased):
     def run(self) -> None:
         """Runs the training, or what is left of it."""
         if is_resumable(self.dataloader):
-            self.dataloader_iterator = _without_advancing(self.dataloader_iterator, self._iter)
+            if hasattr(self.dataloader_iterator, "skip_iter"):
+                # OneDL's mmengine leaves advancing to its iterator.
+                self.dataloader_iterator.skip_iter = lambda _: None
+            else:
+                batches = self.dataloader_iterator
+                self.dataloader_iterator = _without_advancing(batches, self._iter)
         super().run()
 
     def run_iter(self, data_batch: dict) -> None:

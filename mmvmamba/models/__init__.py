@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from mmvmamba.compat import install_command
 from mmvmamba.models.official import MM_VSSM
 from mmvmamba.models.vmamba import VMamba
 from mmvmamba.registry import MODELS
@@ -9,16 +10,16 @@ from mmvmamba.registry import MODELS
 __all__ = ["MM_VSSM", "VMamba"]
 
 # Classes made of parts of upstream packages, which take seconds to import and may be missing:
-# name -> (module, upstream package, mmvmamba's extra that brings it).
+# name -> (module, upstream package).
 NEED_UPSTREAM = {
-    "VMambaClsHead": ("mmvmamba.models.cls_head", "mmpretrain", "cls"),
-    "Float32RPNHead": ("mmvmamba.models.float32_heads", "mmdet", "det"),
-    "Float32RetinaHead": ("mmvmamba.models.float32_heads", "mmdet", "det"),
-    "Float32RoIExtractor": ("mmvmamba.models.float32_heads", "mmdet", "det"),
+    "VMambaClsHead": ("mmvmamba.models.cls_head", "mmpretrain"),
+    "Float32RPNHead": ("mmvmamba.models.float32_heads", "mmdet"),
+    "Float32RetinaHead": ("mmvmamba.models.float32_heads", "mmdet"),
+    "Float32RoIExtractor": ("mmvmamba.models.float32_heads", "mmdet"),
 }
 
 
-def _register_lazily(name: str, module: str, package: str, extra: str) -> None:
+def _register_lazily(name: str, module: str, package: str) -> None:
     @MODELS.register_module(name=name)
     def build(**kwargs):
         """Imports the class where it is used, and builds it."""
@@ -28,7 +29,7 @@ def _register_lazily(name: str, module: str, package: str, extra: str) -> None:
             if error.name != package:
                 raise
             raise ModuleNotFoundError(
-                f"{name} needs {package}: pip install 'mmvmamba[{extra}]'.", name=package
+                f"{name} needs {package}: {install_command(package)}", name=package
             ) from error
         return cls(**kwargs)
 

@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
+from yapf.yapflib.yapf_api import FormatCode
 from zoo import CONFIGS, PROJECT, batch, build, each_step, load, plain, shrink
 
 from mmvmamba.engine.seeds import seed_step
@@ -68,3 +69,15 @@ def find_pipelines(node):
     if isinstance(node, dict):
         for key, value in node.items():
             yield from [value] if key == "pipeline" else find_pipelines(value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PROJECT / "configs/sample").glob("*.py")), ids=lambda p: p.stem
+)
+def test_a_config_is_laid_out_and_read_again(path, tmp_path, monkeypatch):
+    """As logs and work directories have it; other tests leave yapf out, see `quick`."""
+    monkeypatch.setattr("mmengine.config.config.FormatCode", FormatCode)
+    cfg, laid_out = load(path), tmp_path / path.name
+    cfg.dump(laid_out)
+    assert max(map(len, laid_out.read_text().splitlines())) < 200
+    assert plain(Config.fromfile(laid_out)) == plain(cfg)

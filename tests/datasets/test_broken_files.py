@@ -270,6 +270,7 @@ def test_a_pipeline_that_gives_nothing_ends(sample_data, tmp_path):
         loader.dataset.pipeline.transforms.insert(0, GiveNothing())
         with pytest.raises(DataError, match=rf"\.JPEG: .*{message}.*"):
             loader.dataset[0]
+        assert loader.dataset.pipeline.left_out == (11 if split == "train" else 0)
 
 
 def test_class_folders(sample_data, tmp_path, log):

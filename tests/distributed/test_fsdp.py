@@ -6,6 +6,8 @@ import sys
 import pytest
 from jobs import STEPS, TOLERANCE, curves, fault
 
+from mmvmamba.engine.fsdp import BlockwiseFSDPStrategy
+
 FSDP = (
     "runner_type=FlexibleRunner",
     "strategy.type=mmvmamba.BlockwiseFSDPStrategy",
@@ -42,3 +44,10 @@ def test_sharded_and_resumed(alone, arguments, train, tmp_path):
     assert end.code == 0, end.output[-4000:]
     assert "restart 1 of 1" in end.output
     assert curves(tmp_path) == pytest.approx(alone("unaugmented"), rel=TOLERANCE)
+
+
+def test_on_the_cpu_nothing_is_moved_to_the_cpu(monkeypatch):
+    monkeypatch.setattr("mmvmamba.engine.fsdp.get_device", lambda: "cpu")
+    strategy = BlockwiseFSDPStrategy()
+    assert not strategy.state_dict_config.offload_to_cpu
+    assert not strategy.optim_state_dict_config.offload_to_cpu

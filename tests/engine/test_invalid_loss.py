@@ -15,7 +15,7 @@ from torch import nn
 from mmvmamba.engine import cli, invalid_loss_hook, replay
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.invalid_loss_hook import InvalidLossError, StopOnInvalidLoss
-from mmvmamba.engine.nonfinite import random_states, set_random_states, trace_step
+from mmvmamba.engine.nonfinite import describe, random_states, set_random_states, trace_step
 from mmvmamba.models.checkpoint import CheckpointError
 
 NAN = float("nan")
@@ -78,6 +78,23 @@ def test_the_first_module_is_named_and_the_file_shows_it_again(name, runner_of, 
     assert replay.replay(content).origins[0].module == f"{LAYER} (Linear)"
     replay.main([str(file)])
     assert f"first module with a non-finite result: {LAYER}" in capsys.readouterr().out
+
+
+def without_scopes(settings):
+    if isinstance(settings, dict):
+        return {k: without_scopes(v) for k, v in settings.items() if k != "_scope_"}
+    return list(map(without_scopes, settings)) if isinstance(settings, list | tuple) else settings
+
+
+def test_classes_without_a_scope_are_those_of_the_default_one(runner_of, tmp_path):
+    """As in a config that inherits nothing from an installed package."""
+    runner = runner_of("mmpretrain")
+    runner.register_hook(HugeWeights())
+    with pytest.raises(InvalidLossError):
+        runner.train()
+    content = replay.read_step(tmp_path / "invalid_loss_iter_2.pt")
+    content["config"] = without_scopes(content["config"])
+    assert replay.replay(content).origins[0].module == f"{LAYER} (Linear)"
 
 
 def test_one_of_two_processes_ends_both(project, sample_data, tmp_path):
@@ -264,3 +281,8 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"batch": run}, other)
     with pytest.raises(CheckpointError, match="holds more than weights"):
         replay.read_step(other)
+
+
+def test_finite_numbers_are_described_by_the_largest():
+    assert describe(torch.tensor([-3.0, 2.0])) == "(2,) float32, up to 3"
+    assert describe(torch.ones(0)) == "(0,) float32, up to 0"

@@ -2,14 +2,20 @@
 
 import random
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.runner import IterBasedTrainLoop as Upstream
+from mmengine.runner import loops as upstream_loops
+from tiny import TASKS, command_line
 from torch.utils.data import Dataset
 
+from mmvmamba.engine import cli
+from mmvmamba.engine.loops import IterBasedTrainLoop
 from mmvmamba.engine.seeds import build_train_dataloader, seed_step
 
 SIZE, BATCH = 12, 2
@@ -106,6 +112,21 @@ def test_iterations_over_a_finite_sampler_start_in_their_epoch():
     assert rest == second[2:]
 
 
+def test_a_training_by_iterations_is_resumed_within_its_epoch(project, sample_data, tmp_path):
+    arguments = command_line(TASKS["mmseg"], project, sample_data, tmp_path)
+    arguments += ["train_dataloader.sampler.type=DefaultSampler"]
+
+    def batches(iteration: int, epoch: int) -> list[list[int]]:
+        runner = cli.build_runner(cli.train_config(cli.parse_train_arguments(arguments)))
+        runner._resumed = {"meta": {"iter": iteration}}
+        sampler = runner.train_loop.dataloader.batch_sampler
+        sampler.sampler.set_epoch(epoch)
+        return [list(map(int, batch)) for batch in sampler]
+
+    # Four images are two steps.
+    assert batches(3, 0) == batches(0, 1)[1:]
+
+
 class Dicing(InfiniteSampler):
     """Draws from NumPy's global generator, as mmdet's samplers of several sources do."""
 
@@ -136,3 +157,55 @@ def test_steps_of_all_places_differ():
             seed_step(*place)
             drawn.add((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
     assert len(drawn) == 4
+
+
+class AdvancedByItself(upstream_loops._InfiniteDataloaderIterator):
+    """OneDL's iterator, which its loop asks to leave steps out."""
+
+    def skip_iter(self, steps: int) -> None:
+        for _ in range(steps):
+            next(self)
+
+
+def run_of_onedl(loop: Upstream) -> None:
+    loop.dataloader_iterator.skip_iter(loop._iter)
+    # Upstream's own leaves nothing out at iteration 0.
+    loop._max_iters -= loop._iter
+    loop._iter = 0
+    run_upstream(loop)
+
+
+run_upstream = Upstream.run
+
+
+@pytest.mark.parametrize("onedl", [False, True])
+def test_the_loop_does_not_leave_out_what_the_loader_has_left_out(monkeypatch, onedl):
+    if onedl:
+        monkeypatch.setattr(upstream_loops, "_InfiniteDataloaderIterator", AdvancedByItself)
+        monkeypatch.setattr(Upstream, "run", run_of_onedl)
+    config = {
+        "dataset": Noisy(),
+        "batch_size": BATCH,
+        "num_workers": 0,
+        "sampler": {"type": InfiniteSampler, "seed": 3},
+        "collate_fn": {"type": "pseudo_collate"},
+    }
+
+    def trained_on(start: int) -> list:
+        seen = []
+        model = SimpleNamespace(
+            train=lambda: None,
+            train_step=lambda data, optim_wrapper: seen.append(data) or {},
+        )
+        runner = SimpleNamespace(
+            seed=5, model=model, optim_wrapper=None, val_loop=None, call_hook=lambda *_, **__: None
+        )
+        loader = build_train_dataloader(config, 5, start, by_epoch=False)
+        loop = IterBasedTrainLoop(runner, loader, max_iters=8)
+        loop._iter = start
+        loop.run()
+        return seen
+
+    whole = trained_on(0)
+    assert len(whole) == 8
+    assert trained_on(3) == whole[3:]

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import quick
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -234,6 +235,10 @@ def main() -> None:
     steps, out, sample_data = int(steps), Path(out), Path(sample_data)
     random.seed(0)
     torch.manual_seed(0)
+    quick.quicken()
+    # What is there before the first step is not looked through for every sample.
+    gc.collect()
+    gc.freeze()
     recorder = Recorder(steps, out)
     if what == "train" and name != "backbone":
         train(name, recorder, steps, sample_data)

@@ -74,7 +74,7 @@ STEPS = {"train": 2000, "infer": 5000}
     ("run", "steps"),
     [
         ("train-mmseg", 36),
-        ("infer-mmdet", 75),
+        ("infer-mmdet", 48),
         pytest.param("train-backbone", 60, marks=pytest.mark.slow),
         pytest.param("infer-backbone", 150, marks=pytest.mark.slow),
     ],

@@ -165,7 +165,6 @@ def test_two_processes_on_the_cpu(project, sample_data, tmp_path):
     train = run(
         *("bash", project / "tools/dist_train.sh", arguments[0], "2", *arguments[1:]),
         cwd=tmp_path,
-        cold=True,
     )
     assert "SyncBN does not run on the CPU" in train.stdout
     checkpoint = tmp_path / task.last

@@ -8,7 +8,30 @@ import torch
 
 from mmvmamba_kernels.backends.triton.support import interpreting
 
+
+def _once(function, key):
+    """The function, called once for every key that its argument has, and each time without one."""
+    known = {}
+
+    def look_up(argument, *others, **named):
+        name = None if others or named else key(argument)
+        if name is None:
+            return function(argument, *others, **named)
+        if name not in known:
+            known[name] = function(argument)
+        return known[name]
+
+    return look_up
+
+
+def _sizes(values) -> tuple[int, ...] | None:
+    """What a shape's constants are, and None for other values of a tuple."""
+    sizes = tuple(getattr(value, "value", value) for value in values)
+    return sizes if all(type(size) is int for size in sizes) else None
+
+
 if interpreting():
+    from triton.language import core
     from triton.runtime import interpreter
 
     # Half of the interpreter's time: it puts its functions in the place of the language's at every
@@ -18,6 +41,10 @@ if interpreting():
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
+    # A third of the rest: what stands for a type in NumPy, and types of shapes, are looked up once.
+    interpreter._get_np_dtype = _once(interpreter._get_np_dtype, lambda dtype: dtype.name)
+    if hasattr(core, "_type_for_tuple_values"):
+        core._type_for_tuple_values = _once(core._type_for_tuple_values, _sizes)
     # Until Triton 3.5 they stay there; later a launch removes them when it ends.
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._LangPatchScope.restore = lambda _: None

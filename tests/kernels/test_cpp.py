@@ -204,7 +204,8 @@ def test_softplus_and_its_slope_over_the_full_range(raw):
 
 def test_decay_over_the_full_range():
     # h_1 = exp(A) h_0 with h_0 = 1 and nothing added at the second position.
-    for dtype, rtol in ((torch.float32, 3e-7), (torch.float64, 5e-16)):
+    # One unit in the last place and a quarter; torch's own in float64 is as far off.
+    for dtype, rtol in ((torch.float32, 1.5e-7), (torch.float64, 5e-16)):
         A = torch.linspace(-120, 80, 4000, dtype=dtype)[:, None]
         u = torch.tensor([1.0, 0.0], dtype=dtype).expand(1, 4000, 2)
         ones = torch.ones(1, 1, 1, 2, dtype=dtype)

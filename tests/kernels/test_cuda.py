@@ -100,7 +100,7 @@ def build_emulation(folder):
         build._Unit("operators", "cuda/scan_ops.cpp", (*flags, "-O0")),
         build._Unit("device", str(EMULATION / "device.cpp"), (*flags, "-O2")),
         *(
-            build._Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", (*flags, "-O2", *kernels))
+            build._Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", (*flags, "-O1", *kernels))
             for dtype in build._MAP_DTYPES
             for kernels in [(f"-DMMVMAMBA_MAP={dtype}", "-x", "c++")]
         ),

@@ -104,6 +104,7 @@ def test_compiles_without_graph_break(case, dynamic):
         assert all(torch.equal(actual[k], expected[k]) for k in expected)
 
 
+@pytest.mark.slow  # test_inductor_trains_at_changing_sizes compiles the scan within a model.
 def test_compiles_with_the_default_backend(tmp_path, monkeypatch):
     # The cache on disk does not know which backend was chosen when it was written.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.triton(elsewhere=True)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 
 
-def arguments(dtype=torch.float32, shape=(2, 2, 3, 6, 2, 1), **options):
-    return selective_scan_2d_norm_arguments(*shape, dtype=dtype, device=DEVICE, **options)
+def arguments(dtype=torch.float32, batch=1, shape=(2, 3, 6, 2, 1), **options):
+    return selective_scan_2d_norm_arguments(batch, *shape, dtype=dtype, device=DEVICE, **options)
 
 
 def one_after_the_other(norm_weight, norm_bias, **scan):
@@ -31,7 +31,8 @@ def one_after_the_other(norm_weight, norm_bias, **scan):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_output_and_gradients(dtype):
-    tensors = arguments(dtype)
+    # Triton's interpreter takes twice as long for two.
+    tensors = arguments(dtype, batch=2 if dtype == torch.float32 else 1)
     actual = output_and_gradients(selective_scan_2d_norm, tensors)
     assert all(t.dtype == (tensors.get(k, tensors["x"])).dtype for k, t in actual.items())
     found = errors(actual, output_and_gradients(selective_scan_2d_norm_oracle, tensors))
@@ -52,10 +53,18 @@ def test_sums_beyond_float16_are_normalised():
     assert max(found.values()) < TOLERANCE[torch.float16], found
 
 
-@pytest.mark.parametrize("pattern", ["unidi", "bidi"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bit_for_bit_as_one_after_the_other(pattern, dtype):
-    tensors = arguments(dtype, (1, 2, 3, 8, 1, 2))
+@pytest.mark.parametrize(
+    ("dtype", "pattern"),
+    [
+        (torch.float32, "unidi"),
+        (torch.bfloat16, "bidi"),
+        pytest.param(torch.float32, "bidi", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "unidi", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_same_bit_for_bit_as_one_after_the_other(dtype, pattern):
+    tensors = arguments(dtype, shape=(2, 3, 8, 1, 2))
 
     def run(function):
         return output_and_gradients(lambda **t: function(**t, pattern=pattern), tensors)
@@ -103,7 +112,7 @@ def test_the_sum_makes_the_result_again(dtype):
 
 def test_flops_are_those_of_the_scan():
     with FlopCounterMode(display=False) as counter:
-        selective_scan_2d_norm(**arguments())
+        selective_scan_2d_norm(**arguments(batch=2))
     assert counter.get_total_flops() == 4 * 2 * 2 * 3 * 6 * (9 + 1)
 
 
@@ -127,7 +136,8 @@ def test_compiled_it_is_the_scan_and_plain_operations():
 @pytest.mark.triton
 def test_the_operator_keeps_its_promises_to_pytorch():
     overload = torch.ops.mmvmamba.selective_scan_2d_norm.default
-    tensors = arguments()
+    # It runs the operator again and again.
+    tensors = arguments(shape=(1, 2, 3, 1, 1))
     torch.library.opcheck(overload, (*tensors.values(), 1e-5, torch.float32, "cross2d", True))
     plain = tuple(t.detach() for t in tensors.values())
     torch.library.opcheck(overload, (*plain, 1e-5, torch.bfloat16, "bidi", False))

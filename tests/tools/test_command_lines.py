@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import warm
+from stand_ins import write_module
 
 from mmvmamba.engine import cli, launch
 from mmvmamba.engine.errors import UsageError
@@ -185,9 +186,7 @@ def test_mistakes_end_with_one_message(project, tmp_path, tool):
 
 
 def test_a_wrong_mmcv_ends_with_one_message(project, tmp_path):
-    metadata = tmp_path / "mmcv-2.2.0.dist-info/METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: mmcv\nVersion: 2.2.0\n")
+    write_module(tmp_path, "mmcv", "2.2.0")
     done = subprocess.run(
         [sys.executable, project / "tools/train.py", CONFIG],
         env={"PYTHONPATH": f"{tmp_path}:{project}:{project / 'kernels'}", "PATH": "/usr/bin:/bin"},

@@ -203,19 +203,25 @@ def test_without_slurm_its_scripts_say_so(project, tmp_path, recorded_python):
 
 
 # A Python that makes environments and wheels out of nothing and writes down what it was asked.
-STAND_IN = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >>"$CALLS"
+STAND_IN = r"""#!/usr/bin/env bash
+printf '%s\n' "$*" >>"$CALLS"
 case "$1 $2 $3" in
     "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
     "-m pip download"*)
-        mkdir -p "$TMPDIR/mmcv-2.1.0" && touch "$TMPDIR/mmcv-2.1.0/setup.py"
-        tar -czf "${@: -1}/mmcv-2.1.0.tar.gz" -C "$TMPDIR" mmcv-2.1.0 ;;
+        for name in $(sed -n 's/^\([^ =]*\)==\([^ ]*\).*/\1-\2/p' "${@: -3:1}"); do
+            mkdir -p "$TMPDIR/$name" && touch "$TMPDIR/$name/setup.py"
+            tar -czf "${@: -1}/$name.tar.gz" -C "$TMPDIR" "$name"
+        done ;;
     "-m pip wheel"*)
-        [[ -f "${@: -1}/setup.py" ]] || exit 3
+        out=$8
         printf 'flags %s\n' "$CFLAGS" >>"$CALLS"
         sleep "${BUILD_SECONDS:-0}"
         if [[ -e $BREAK ]]; then echo 'c++: fatal error: Killed signal'; exit 1; fi
-        mkdir -p "${@: -2:1}" && touch "${@: -2:1}/mmcv-2.1.0-cp311-cp311-linux.whl" ;;
+        mkdir -p "$out"
+        for source in "${@:9}"; do
+            [[ -f $source/setup.py ]] || exit 3
+            touch "$out/$(basename "$source")-py3-none-any.whl"
+        done ;;
     "-m pip install")
         if [[ $* == *"/uv.txt" ]]; then
             if [[ -e $BREAK_UV ]]; then echo 'No matching distribution found for uv'; exit 1; fi
@@ -348,6 +354,30 @@ def test_a_set_up_is_done_once_and_a_second_checkout_builds_nothing(machine):
     # One uv for both, and pip for nothing that uv has done.
     assert machine.count("-r requirements/uv.txt") == 1
     assert machine.count("-r requirements/stack.txt") == 2
+
+
+def test_another_stack_has_its_own_environment_packages_and_wheels(machine):
+    """OneDL's packages are built beside mmcv, and all of them are kept."""
+    folder = machine.checkout("first")
+    for stack in ("", "onedl", "onedl"):
+        status, out = machine.set_up(folder, STACK=stack)
+        assert status == 0, out
+    assert machine.count("-r requirements/onedl.txt") == 1
+    assert machine.count("-r requirements/onedl-sources.txt") == 1
+    assert machine.count("pip wheel") == 2
+    assert {path.name for path in folder.glob(".venv*")} == {".venv", ".venv-onedl"}
+    wheels = list((machine.root / "cache/mmvmamba/wheels").rglob("*.whl"))
+    own = [path for path in wheels if "onedl" in path.parent.name]
+    assert sorted(path.name.split("-")[1] for path in own) == [
+        "mmcv", "mmdetection", "mmpretrain", "mmsegmentation",
+    ]  # fmt: skip
+    assert len(wheels) == 5
+    # One that is missing is no finished build.
+    own[0].unlink()
+    second = machine.checkout("second")
+    assert machine.set_up(second, STACK="onedl")[0] == 0
+    assert machine.count("pip wheel") == 3
+    assert own[0].exists()
 
 
 def test_a_uv_on_the_path_is_taken(machine):
