@@ -127,7 +127,8 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        name = f"{_cpu_name()}, {instructions}, {torch.get_num_threads()} threads"
     found = {"device": name, "torch": torch.__version__}
     for package in ("triton", "timm", "mmpretrain"):
         found[package] = stack_version(package) or "-"
