@@ -25,19 +25,24 @@ TABLE = {
     (2, 200, 320, 96): 0.306,
     (2, 100, 160, 192): 0.155,
 }
-# The cheapest to replay; the others are as long as the model's use.
+# The cheapest to replay.
 FIRST = (128, 7, 7, 768)
 
+# Where waits cost most.
+SHAPE = (128, 56, 56, 96)
 
-@pytest.fixture
-def model(monkeypatch, tmp_path):
-    """A module of the model by name; what it compiles goes to a folder of the test."""
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A module of the model by name; what it compiles goes to a folder of the tests."""
     if not (FOLDER / "gpu_model").exists():
         pytest.skip("the package is installed without its benchmarks")
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setenv("GPU_MODEL_OUT", str(tmp_path))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    return lambda name: importlib.import_module(f"gpu_model.{name}")
+    folder = tmp_path_factory.mktemp("gpu_model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.setenv("GPU_MODEL_OUT", str(folder))
+        patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        yield lambda name: importlib.import_module(f"gpu_model.{name}")
 
 
 @pytest.mark.skipif(triton.__version__ != VERSION, reason=f"the table is of Triton {VERSION}")
@@ -51,12 +56,30 @@ def test_the_calibration_is_what_the_readme_says(shape, model):
     assert row in (FOLDER / "gpu_model" / "README.md").read_text()
 
 
-def test_it_predicts_a_kernel_of_the_package(model):
-    record, predict = model("record"), model("predict")
-    shape = (128, 7, 7, 96)
-    launch, norm = record.core_launches(shape)["inference forward"]
-    assert (launch.name, norm.name) == ("selective_scan_fwd_kernel", "layer_norm_fwd_kernel")
-    found = predict.predict(launch, shape)
+WALKS = [
+    ("training forward", "selective_scan_fwd_kernel"),
+    ("training backward", "selective_scan_bwd_kernel"),
+]
+
+
+@pytest.mark.parametrize(("phase", "name"), WALKS)
+def test_walks_wait_for_memory_twice_a_group_at_most(phase, name, model):
+    from mmvmamba_kernels.backends.triton import scan
+
+    (walk,) = (x for x in model("record").core_launches(SHAPE)[phase] if x.name == name)
+    kernel = walk.compile()
+    share = model("sim").dram_share(SHAPE)
+    profile = model("profile")
+    assert profile.exposed(profile.profile_launch(walk, share)[2]) <= 2
+    assert kernel.stack == 0
+    warps = scan._FORWARD_WARPS if "fwd" in name else scan._BACKWARD_WARPS
+    assert model("sim").resident_blocks(kernel) >= warps.full
+    found = model("predict").predict(walk, SHAPE)
     assert 0 < found.ms < 1
-    assert found.resident > 0
-    assert predict.predict(norm, shape).ms > 0
+
+
+def test_a_walk_that_loads_where_it_computes_is_noticed(model):
+    walk, *_ = model("record").serial_launches(SHAPE)
+    profile = model("profile")
+    share = model("sim").dram_share(SHAPE)
+    assert profile.exposed(profile.profile_launch(walk, share)[2]) > 2

@@ -31,10 +31,10 @@ def describe(launch: Launch) -> str:
     body = kernel.instructions[first : last + 1]
     families = Counter(instruction.family for instruction in body)
     text += f", main loop {len(body)}"
-    block = launch.options.get("BLOCK_D", launch.options.get("BLOCK_C"))
-    group = launch.options.get("INTERVAL") or launch.options.get("UNROLL")
-    if block and group:
-        text += f" ({len(body) / group / (block / 32):.1f} a position and 32 channels)"
+    group = launch.options.get("GROUP")
+    if group:
+        each = len(body) / group / launch.options["BLOCKS"]
+        text += f" ({each:.1f} a position and 32 channels)"
     return text + f": {', '.join(f'{name} {n}' for name, n in families.most_common())}"
 
 

@@ -38,19 +38,14 @@ def main_steps(launch: Launch) -> int:
     sizes, options = launch.integers, launch.options
     if launch.name == "selective_scan_carry_kernel":
         return math.ceil(sizes["chunks"] / options["UNROLL"])
-    group = options.get("INTERVAL") or options["UNROLL"]
-    return math.ceil(min(sizes["chunk"], sizes["length"]) / group)
+    return math.ceil(min(sizes["chunk"], sizes["length"]) / options["GROUP"])
 
 
 def scan_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     """A scan kernel, from its machine code."""
     share = 0.1 if launch.name == "selective_scan_carry_kernel" else dram_share(shape)
-    nested = {}
-    if launch.name == "selective_scan_bwd_kernel" and launch.options["N"] > 1:
-        # The walk is the first loop; within it one goes over the states.
-        nested = {"loop": 0, "inner": {1: launch.options["N"]}}
     kernel = launch.compile()
-    found = kernel_time(kernel, main_steps(launch), launch.programs, share, **nested)
+    found = kernel_time(kernel, main_steps(launch), launch.programs, share)
     return Prediction(found.ms + LAUNCH_MS, found.use, found.resident)
 
 

@@ -46,14 +46,11 @@ def _producer(instructions: Sequence[Instruction], trace: Sequence[int], step: i
     return next((f for f in order if f in families), "OTHER" if families else "ISSUE")
 
 
-def profile(
-    kernel: Kernel, blocks: int, share: float, loop: int, inner: dict[int, int]
-) -> tuple[float, int, list[Wait]]:
+def profile(kernel: Kernel, blocks: int, share: float, loop: int) -> tuple[float, int, list[Wait]]:
     """Cycles and instructions of an iteration, and the waits in it, the longest first."""
-    iterations = {loop: _ITERATIONS, **inner}
+    iterations = {loop: _ITERATIONS}
     file = output_folder() / "trace.txt"
-    cached_loop = next(iter(inner), None)
-    replay(kernel, iterations, blocks, share, cached_loop=cached_loop, trace_file=file)
+    replay(kernel, iterations, blocks, share, trace_file=file)
     instructions = kernel.instructions
     trace, _ = unroll_trace(instructions, iterations)
     at: list[float] = []
@@ -71,24 +68,38 @@ def profile(
     return at[end] - at[begin], end - begin, sorted(waits, reverse=True)
 
 
-def report(kernel: Kernel, blocks: int, share: float, top: int, nested_states: int = 1) -> None:
-    """Print a profile of a kernel's main loop."""
-    loop, inner = longest_loop(kernel.instructions), {}
-    if nested_states > 1:
-        loop, inner = 0, {1: nested_states}
+def exposed(waits: Sequence[Wait]) -> int:
+    """How often a warp waits for memory so long that others do not hide it."""
+    return sum(wait.producer == "LDG" and wait.cycles >= _EXPOSED for wait in waits)
+
+
+def profile_launch(launch: Launch, share: float) -> tuple[float, int, list[Wait]]:
+    """:func:`profile` of the main loop, with the blocks that a multiprocessor gets of a launch."""
+    kernel = launch.compile()
+    loop = longest_loop(kernel.instructions)
     if loop is None:
         raise SystemExit(f"{kernel.name} has no loop")
-    cycles, count, waits = profile(kernel, blocks, share, loop, inner)
+    return profile(kernel, resident_share(launch), share, loop)
+
+
+def resident_share(launch: Launch) -> int:
+    """Blocks of a launch on one multiprocessor at a time."""
+    return min(resident_blocks(launch.compile()), math.ceil(launch.programs / PROCESSORS))
+
+
+def report(launch: Launch, share: float, top: int) -> None:
+    """Print a profile of a kernel's main loop."""
+    cycles, count, waits = profile_launch(launch, share)
+    kernel = launch.compile()
     instructions = kernel.instructions
-    trace, _ = unroll_trace(instructions, {loop: _ITERATIONS, **inner})
+    trace, _ = unroll_trace(instructions, {longest_loop(instructions): _ITERATIONS})
     totals: dict[str, float] = {}
     for wait in waits:
         totals[wait.producer] = totals.get(wait.producer, 0) + wait.cycles
-    exposed = sum(wait.producer == "LDG" and wait.cycles >= _EXPOSED for wait in waits)
     parts = ", ".join(f"{name} {total:.0f}" for name, total in totals.items())
-    print(f"{kernel.name}: {kernel.registers} registers, {blocks} blocks")
+    print(f"{kernel.name}: {kernel.registers} registers, {resident_share(launch)} blocks")
     print(f"an iteration of a warp: {cycles:.0f} cycles, {count} instructions; waits: {parts}")
-    print(f"exposed memory waits (>= {_EXPOSED} cycles) an iteration: {exposed}")
+    print(f"exposed memory waits (>= {_EXPOSED} cycles) an iteration: {exposed(waits)}")
     for wait in waits[:top]:
         instruction = instructions[trace[wait.step]]
         print(
@@ -116,7 +127,4 @@ def main(argv: list[str]) -> None:
     launches = core_launches(args.shape, args.states)
     phases = [p for p in PHASES if args.kernel in map(short_name, launches[p])]
     launch = _choose(launches, args.kernel, args.phase or (phases or PHASES)[-1])
-    kernel = launch.compile()
-    blocks = min(resident_blocks(kernel), math.ceil(launch.programs / PROCESSORS))
-    nested = args.states if args.kernel == "bwd" else 1
-    report(kernel, blocks, dram_share(args.shape), args.top, nested)
+    report(launch, dram_share(args.shape), args.top)

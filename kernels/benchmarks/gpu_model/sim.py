@@ -316,7 +316,6 @@ def replay(
     blocks: int,
     share: float,
     lanes: float = 1.0,
-    cached_loop: int | None = None,
     trace_file: Path | None = None,
 ) -> Replay:
     """Run blocks on one multiprocessor.
@@ -327,14 +326,10 @@ def replay(
         blocks: How many blocks, of which as many as fit are resident.
         share: Of the loads that go to DRAM.
         lanes: Share of a warp's lanes that are inside the map.
-        cached_loop: A loop whose loads, the same for all lanes, all hit L1.
         trace_file: Where the cycles of one warp's instructions go.
     """
     instructions = kernel.instructions
-    trace, found = unroll_trace(instructions, iterations)
-    cached = range(0)
-    if cached_loop is not None and cached_loop < len(found):
-        cached = range(found[cached_loop][0], found[cached_loop][1] + 1)
+    trace, _ = unroll_trace(instructions, iterations)
     keys: dict[tuple, int] = {}
     records: dict[tuple, int] = {}
     steps = []
@@ -345,10 +340,7 @@ def replay(
         pipe = _pipe(instruction)
         key, sectors = -1, 1
         if pipe in ("LDG", "STG") and address is not None:
-            if i in cached and instruction.base == "LDG" and not differs:
-                registers, offset = ("cached",), 0
-            else:
-                registers, offset = address
+            registers, offset = address
             if differs:
                 sectors = max(1, math.ceil(_access_bytes(instruction.opcode) * lanes))
             else:
@@ -395,10 +387,11 @@ def kernel_time(
     programs: int,
     share: float,
     lanes: float = 1.0,
-    loop: int | None = None,
-    inner: dict[int, int] | None = None,
 ) -> Prediction:
     """Milliseconds of a launch, without :data:`LAUNCH_MS`, from short runs that are extrapolated.
+
+    The main loop is the longest. One within it, as the states that are not saved take in the
+    backward walk, is run once for each of its steps, which is how often it runs on average.
 
     Args:
         kernel: The machine code.
@@ -406,18 +399,14 @@ def kernel_time(
         programs: Blocks of the whole grid.
         share: Of the loads that go to DRAM.
         lanes: Share of a warp's lanes that are inside the map.
-        loop: Number of the main loop; by default the longest.
-        inner: Iterations of loops within it, whose loads are taken to hit L1.
     """
-    if loop is None:
-        loop = longest_loop(kernel.instructions)
+    loop = longest_loop(kernel.instructions)
     resident = resident_blocks(kernel)
     each = programs / PROCESSORS
-    cached_loop = next(iter(inner), None) if inner else None
 
     def run(iterations: int, blocks: int) -> Replay:
-        counts = {**({} if loop is None else {loop: iterations}), **(inner or {})}
-        return replay(kernel, counts, blocks, share, lanes, cached_loop)
+        counts = {} if loop is None else {loop: iterations}
+        return replay(kernel, counts, blocks, share, lanes)
 
     if each <= resident:
         # One wave: the busiest multiprocessor counts; iterations are extrapolated.
