@@ -45,6 +45,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int32: "i32",
 }
 
 
@@ -117,7 +118,7 @@ def compile_launch(kernel, args, options, architecture):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     options = dict(options)
     warps = options.pop("num_warps")
-    for fast in {"FAST", "FAST_LOG"} & set(options):
+    for fast in {"FAST"} & set(options):
         options[fast] = options["ACC"] == triton.language.float32
     for name, value in options.items():
         signature[name], constants[name] = "constexpr", value

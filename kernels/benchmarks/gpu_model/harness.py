@@ -97,7 +97,7 @@ class Launch:
                     attributes[(i,)] = _ALIGNED
         names = {parameter.name for parameter in self.kernel.params}
         options = dict(self.options)
-        for name in {"FAST", "FAST_LOG"} & set(options):
+        for name in {"FAST"} & set(options):
             # The launchers ask for a CUDA tensor, which a tensor without data is not.
             options[name] = options.get("ACC", tl.float32) == tl.float32
         for name in names & set(options):

@@ -41,11 +41,16 @@ def main_steps(launch: Launch) -> int:
     return math.ceil(min(sizes["chunk"], sizes["length"]) / options["GROUP"])
 
 
+def turns(launch: Launch) -> int:
+    """Iterations of the loops within the main loop: the backward walk's several states."""
+    return launch.options["N"] if launch.name == "selective_scan_bwd_kernel" else 1
+
+
 def scan_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     """A scan kernel, from its machine code."""
     share = 0.1 if launch.name == "selective_scan_carry_kernel" else dram_share(shape)
     kernel = launch.compile()
-    found = kernel_time(kernel, main_steps(launch), launch.programs, share)
+    found = kernel_time(kernel, main_steps(launch), launch.programs, share, turns=turns(launch))
     return Prediction(found.ms + LAUNCH_MS, found.use, found.resident)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from gpu_model.harness import PROCESSORS, Kernel, Launch, output_folder
-from gpu_model.predict import short_name
+from gpu_model.predict import short_name, turns
 from gpu_model.record import PHASES, SHAPES, core_launches, parse_shape
 from gpu_model.sass import Instruction, longest_loop, loops
-from gpu_model.sim import dram_share, replay, resident_blocks, unroll_trace
+from gpu_model.sim import dram_share, loop_counts, replay, resident_blocks, unroll_trace
 
 _ITERATIONS, _PROFILED = 6, 3
 """Of the main loop: how many run, and which one (from 0) is looked at."""
@@ -46,9 +46,11 @@ def _producer(instructions: Sequence[Instruction], trace: Sequence[int], step: i
     return next((f for f in order if f in families), "OTHER" if families else "ISSUE")
 
 
-def profile(kernel: Kernel, blocks: int, share: float, loop: int) -> tuple[float, int, list[Wait]]:
+def profile(
+    kernel: Kernel, blocks: int, share: float, loop: int, states: int
+) -> tuple[float, int, list[Wait]]:
     """Cycles and instructions of an iteration, and the waits in it, the longest first."""
-    iterations = {loop: _ITERATIONS}
+    iterations = loop_counts(kernel, _ITERATIONS, states)
     file = output_folder() / "trace.txt"
     replay(kernel, iterations, blocks, share, trace_file=file)
     instructions = kernel.instructions
@@ -79,7 +81,7 @@ def profile_launch(launch: Launch, share: float) -> tuple[float, int, list[Wait]
     loop = longest_loop(kernel.instructions)
     if loop is None:
         raise SystemExit(f"{kernel.name} has no loop")
-    return profile(kernel, resident_share(launch), share, loop)
+    return profile(kernel, resident_share(launch), share, loop, turns(launch))
 
 
 def resident_share(launch: Launch) -> int:
@@ -92,7 +94,7 @@ def report(launch: Launch, share: float, top: int) -> None:
     cycles, count, waits = profile_launch(launch, share)
     kernel = launch.compile()
     instructions = kernel.instructions
-    trace, _ = unroll_trace(instructions, {longest_loop(instructions): _ITERATIONS})
+    trace, _ = unroll_trace(instructions, loop_counts(kernel, _ITERATIONS, turns(launch)))
     totals: dict[str, float] = {}
     for wait in waits:
         totals[wait.producer] = totals.get(wait.producer, 0) + wait.cycles

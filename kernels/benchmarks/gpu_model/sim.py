@@ -381,17 +381,39 @@ def replay(
     return Replay(float(cycles), int(issued))
 
 
+def loop_counts(kernel: Kernel, iterations: int, turns: int = 1) -> dict[int, int]:
+    """Iterations by loop, as :func:`unroll_trace` takes them.
+
+    Args:
+        kernel: The machine code.
+        iterations: Of the main loop, the longest.
+        turns: Of every innermost loop within it. One between, as the states that are not saved take
+            in the backward walk, runs once for each step of the main loop, which is its average.
+    """
+    found = loops(kernel.instructions)
+    main = longest_loop(kernel.instructions)
+    if main is None:
+        return {}
+    first, last = found[main]
+    counts = {main: iterations}
+    for i, (start, end) in enumerate(found):
+        within = first < start and end < last
+        if within and not any(start < a and b < end for a, b in found):
+            counts[i] = turns
+    return counts
+
+
 def kernel_time(
     kernel: Kernel,
     steps: int,
     programs: int,
     share: float,
     lanes: float = 1.0,
+    turns: int = 1,
 ) -> Prediction:
     """Milliseconds of a launch, without :data:`LAUNCH_MS`, from short runs that are extrapolated.
 
-    The main loop is the longest. One within it, as the states that are not saved take in the
-    backward walk, is run once for each of its steps, which is how often it runs on average.
+    The main loop is the longest.
 
     Args:
         kernel: The machine code.
@@ -399,18 +421,18 @@ def kernel_time(
         programs: Blocks of the whole grid.
         share: Of the loads that go to DRAM.
         lanes: Share of a warp's lanes that are inside the map.
+        turns: As :func:`loop_counts` takes it.
     """
-    loop = longest_loop(kernel.instructions)
     resident = resident_blocks(kernel)
     each = programs / PROCESSORS
 
     def run(iterations: int, blocks: int) -> Replay:
-        counts = {} if loop is None else {loop: iterations}
+        counts = loop_counts(kernel, iterations, turns)
         return replay(kernel, counts, blocks, share, lanes)
 
     if each <= resident:
         # One wave: the busiest multiprocessor counts; iterations are extrapolated.
-        few, many = min(steps, 16), min(steps, 40)
+        few, many = min(steps, max(16 // turns, 4)), min(steps, max(40 // turns, 8))
         last = run(many, math.ceil(each))
         cycles = last.cycles
         if many > few:
@@ -418,7 +440,7 @@ def kernel_time(
             cycles += slope * (steps - many)
     else:
         # Several: blocks are extrapolated, and iterations taken in proportion.
-        simulated = min(steps, 60)
+        simulated = min(steps, max(60 // turns, 8))
         if each < 4 * resident:
             last = run(simulated, math.ceil(each))
             cycles = last.cycles

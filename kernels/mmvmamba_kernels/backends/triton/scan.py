@@ -285,7 +285,7 @@ class _Launch:
             K=self.directions,
             N=layout.states,
             BACKWARDS=backwards,
-            UNROLL=8,
+            UNROLL=16,
             BLOCK_D=32,
             ACC=self.constants["ACC"],
             num_warps=1,

@@ -1140,12 +1140,12 @@ def _adjoint(
     over channels that are those of B and C, and ``through_drive`` and ``through_rate`` with this
     state's share: B g, and the gradient of the step sizes through the decays.
     """
-    befores = ()
+    entered = ()
     decays = ()
     of_c = ()
     for j in tl.static_range(GROUP):
         decay = tl.exp2(steps[j] * (rate * _LOG2E))
-        befores = befores + (state,)
+        entered = entered + (state,)
         decays = decays + (decay,)
         state = decay * state + drives[j] * bs[j]
         of_c = of_c + (grads[j] * state,)
@@ -1155,7 +1155,7 @@ def _adjoint(
     for j in tl.static_range(GROUP - 1, -1, -1):
         adjoint = cs[j] * grads[j] + incoming
         incoming = decays[j] * adjoint
-        through = incoming * befores[j]
+        through = incoming * entered[j]
         rate_sum += steps[j] * through
         drive_shares = (through_drive[j] + bs[j] * adjoint,) + drive_shares
         rate_shares = (through_rate[j] + rate * through,) + rate_shares
