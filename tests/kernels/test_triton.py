@@ -103,6 +103,14 @@ def test_2d_groups_cross_lines(shape):
 
 
 @pytest.mark.triton
+def test_2d_warps_of_64_lanes(monkeypatch):
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
+
+    monkeypatch.setattr(triton_scan, "lanes", lambda _: 64)
+    check_2d(selective_scan_2d_arguments(1, 1, 3, 65, 1, 1, 2, device=DEVICE), "rows")
+
+
+@pytest.mark.triton
 def test_2d_low_precision_maps_with_float32_parameters():
     arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, device=DEVICE)
     for name in ("x", "proj"):

@@ -31,6 +31,7 @@ from mmvmamba_kernels.backends.triton.scan_kernels import (
 )
 from mmvmamba_kernels.backends.triton.support import (
     interpreting,
+    lanes,
     multiprocessors,
     on_device,
 )
@@ -60,9 +61,6 @@ class _Warps(NamedTuple):
 
 _FORWARD_WARPS = _Warps(enough=8, full=24)
 _BACKWARD_WARPS = _Warps(enough=6, full=12)
-
-LANES = 32
-"""Channels of a block, one a lane of the warp that a program is."""
 
 _SHORTEST_CHUNK = 32
 """Positions below which a walk is not worth its start, where it reads its weights."""
@@ -162,12 +160,16 @@ def chunk_length(programs: int, length: int, processors: int, warps: _Warps, mul
     return ceil_div(chunk, multiple) * multiple
 
 
-def channel_blocks(layout: Layout) -> int:
+def channel_blocks(layout: Layout, width: int) -> int:
     """Blocks of channels of one program of the forward pass: two if no lane is left without work.
 
     Two share the words of a position, but with many states the registers do not last for them.
+
+    Args:
+        layout: The problem.
+        width: Channels of a block, one a lane of the warp that a program is.
     """
-    return 2 if layout.channels % (2 * LANES) == 0 and layout.states <= 4 else 1
+    return 2 if layout.channels % (2 * width) == 0 and layout.states <= 4 else 1
 
 
 def forward_group(layout: Layout) -> int:
@@ -188,7 +190,8 @@ class _Launch:
                 "kernels, which number a map's positions with 32 bits: use backend='reference'"
             )
         self.layout, self.operands = layout, operands
-        self.blocks = ceil_div(layout.channels, blocks * LANES)
+        self.lanes = lanes(operands.u.device)
+        self.blocks = ceil_div(layout.channels, blocks * self.lanes)
         paths = layout.paths
         self.directions = len(paths)
         u, proj = operands.u, operands.proj
@@ -216,8 +219,8 @@ class _Launch:
             "HAS_BIAS": operands.bias is not None,
             "SOFTPLUS": operands.softplus,
             "BLOCKS": blocks,
-            "LANES": LANES,
-            "FULL": layout.channels % (blocks * LANES) == 0,
+            "LANES": self.lanes,
+            "FULL": layout.channels % (blocks * self.lanes) == 0,
             "PACK": 2 if packed else 1,
             "TYPE": tl.bfloat16 if proj.dtype == torch.bfloat16 else tl.float16,
             "ACC": compute,
@@ -246,13 +249,12 @@ class _Launch:
     def grid(self, directions: int) -> tuple[int]:
         return (self.blocks * directions * self.chunks * self.layout.sequences,)
 
-    def entering_states(self, u: Tensor, backwards: bool, group: int) -> Tensor:
+    def entering_states(self, u: Tensor, backwards: bool) -> Tensor:
         """The states that enter the chunks; no elements if there is one chunk.
 
         Args:
             u: The input; backwards, the gradient of the output.
             backwards: Whether the recurrence is the adjoint one.
-            group: Positions whose loads are in flight together.
         """
         if self.chunks == 1:
             return self.absent
@@ -271,10 +273,10 @@ class _Launch:
             self.blocks,
             *self.strides,
             BACKWARDS=backwards,
-            GROUP=group,
+            GROUP=forward_group(layout),
             **self.constants,
         )
-        blocks = ceil_div(layout.channels, 32)
+        blocks = ceil_div(layout.channels, self.lanes)
         selective_scan_carry_kernel[(blocks * self.directions * layout.states * layout.sequences,)](
             state,
             total,
@@ -286,7 +288,7 @@ class _Launch:
             N=layout.states,
             BACKWARDS=backwards,
             UNROLL=16,
-            BLOCK_D=32,
+            BLOCK_D=self.lanes,
             ACC=self.constants["ACC"],
             num_warps=1,
         )
@@ -349,9 +351,13 @@ def scan_forward(
         return carries
     with on_device(u):
         launch = _Launch(
-            layout, operands, channel_blocks(layout), _FORWARD_WARPS, layout.saved_interval
+            layout,
+            operands,
+            channel_blocks(layout, lanes(u.device)),
+            _FORWARD_WARPS,
+            layout.saved_interval,
         )
-        entering = launch.entering_states(u, backwards=False, group=forward_group(layout))
+        entering = launch.entering_states(u, backwards=False)
         launch.walk(entering, carries, y, launches)
     return carries
 
@@ -402,7 +408,7 @@ def scan_backward(
     with on_device(u):
         saved = layout.saved_interval
         launch = _Launch(layout, operands, 1, _BACKWARD_WARPS, saved)
-        entering = launch.entering_states(grad_y, backwards=True, group=INTERVAL)
+        entering = launch.entering_states(grad_y, backwards=True)
         grad_proj = u.new_empty((launch.blocks, positions, directions, 2 * states), dtype=dtype)
         rows = layout.sequences * launch.chunks
         grad_rates = u.new_empty((rows, directions, states, channels), dtype=dtype)
@@ -410,7 +416,7 @@ def scan_backward(
             (rows, directions, channels) if skip is not None else 0, dtype=dtype
         )
         # What several states have between their turns: at every group, their gradients, their sums.
-        turns = (saved // INTERVAL + 2) * states * LANES if states > 1 else 0
+        turns = (saved // INTERVAL + 2) * states * launch.lanes if states > 1 else 0
         for first, count in launches:
             grid = launch.grid(count)
             selective_scan_bwd_kernel[grid](
@@ -435,6 +441,7 @@ def scan_backward(
                 launch.blocks,
                 first,
                 count,
+                states,
                 *launch.strides,
                 layout.stride_y_k,
                 HAS_SKIP=skip is not None,

@@ -31,6 +31,7 @@ _SIZES = (
     "blocks",
     "first",
     "wave",
+    "states",
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -992,6 +993,7 @@ def _find_states(
     factor_ptr,
     a_ptr,
     pointers,
+    states,
     groups,
     position,
     within,
@@ -1021,9 +1023,12 @@ def _find_states(
     FAST: tl.constexpr,
 ):
     """Store the states that enter ``groups`` groups and one more, from those of ``carries_ptr``."""
-    for n in range(N):
-        state = tl.load(carries_ptr + n * channels, mask=inside[0], other=0.0)
-        tl.store(scratch_ptr + n * LANES, state)
+    AHEAD: tl.constexpr = 4
+    entered = ()
+    for m in tl.static_range(N):
+        entered = entered + (tl.load(carries_ptr + m * channels, mask=inside[0], other=0.0),)
+    for m in tl.static_range(N):
+        tl.store(scratch_ptr + m * LANES, entered[m])
     for i in range(groups):
         rows, _offsets, maps = _load_group(
             row_ptr,
@@ -1069,35 +1074,43 @@ def _find_states(
             )
             steps = steps + (dts[0] * _LOG2E,)
             drives = drives + (dts[0] * maps[j].to(ACC),)
+        # What a state needs is asked for AHEAD states before: one takes less time than memory.
         here = scratch_ptr + i * (N * LANES)
-        # As in the walk, what the next state needs is asked for before the arithmetic of this one.
-        state = tl.load(here)
-        rate = tl.load(a_ptr, mask=inside[0], other=0.0)
-        factors = _load_factors(
-            factor_ptr,
-            position,
-            within,
-            GROUP - 1,
-            0,
-            run,
-            step,
-            hop,
-            ROW * PACK,
-            N,
-            LANES,
-            SHORT,
-            INDEX,
-        )
-        for n in range(N):
-            following = tl.minimum(n + 1, N - 1)
-            next_state = tl.load(here + following * LANES)
-            next_rate = tl.load(a_ptr + following, mask=inside[0], other=0.0)
+        queue = ()
+        rates = ()
+        factors = ()
+        for m in tl.static_range(AHEAD):
+            following = tl.minimum(m, N - 1)
+            queue = queue + (tl.load(here + following * LANES),)
+            rates = rates + (tl.load(a_ptr + following, mask=inside[0], other=0.0),)
+            factors = factors + (
+                _load_factors(
+                    factor_ptr,
+                    position,
+                    within,
+                    GROUP - 1,
+                    following,
+                    run,
+                    step,
+                    hop,
+                    ROW * PACK,
+                    N,
+                    LANES,
+                    SHORT,
+                    INDEX,
+                ),
+            )
+        # Not range(N), which a compiler would unroll.
+        for n in range(states):
+            ahead = tl.minimum(n + AHEAD, N - 1)
+            next_state = tl.load(here + ahead * LANES)
+            next_rate = tl.load(a_ptr + ahead, mask=inside[0], other=0.0)
             next_factors = _load_factors(
                 factor_ptr,
                 position,
                 within,
                 GROUP - 1,
-                following,
+                ahead,
                 run,
                 step,
                 hop,
@@ -1107,14 +1120,15 @@ def _find_states(
                 SHORT,
                 INDEX,
             )
-            wide_rate = rate.to(ACC)
+            state = queue[0]
+            rate = rates[0].to(ACC)
             for j in tl.static_range(GROUP):
-                b = _pick(factors, 2 * j, LANES).to(ACC)
-                state = tl.exp2(steps[j] * wide_rate) * state + drives[j] * b
+                b = _pick(factors[0], 2 * j, LANES).to(ACC)
+                state = tl.exp2(steps[j] * rate) * state + drives[j] * b
             tl.store(here + (N + n) * LANES, state)
-            state = next_state
-            rate = next_rate
-            factors = next_factors
+            queue = (queue[1], queue[2], queue[3], next_state)
+            rates = (rates[1], rates[2], rates[3], next_rate)
+            factors = (factors[1], factors[2], factors[3], next_factors)
         position, within = _ahead(position, within, run, step, hop, GROUP, SHORT)
 
 
@@ -1193,6 +1207,7 @@ def selective_scan_bwd_kernel(
     blocks,
     first,
     wave,
+    states,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1366,6 +1381,7 @@ def selective_scan_bwd_kernel(
                     factor_base,
                     rate_row,
                     sweep_bases,
+                    states,
                     index - segment * RATIO,
                     sweep_position,
                     sweep_within,
@@ -1479,7 +1495,7 @@ def selective_scan_bwd_kernel(
                 SHORT,
                 INDEX,
             )
-            for n in range(N):
+            for n in range(states):
                 following = tl.minimum(n + 1, N - 1)
                 next_state = tl.load(here + following * LANES)
                 next_left = tl.load(incoming_base + following * LANES)
