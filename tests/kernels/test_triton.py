@@ -96,6 +96,21 @@ def test_2d_dtypes(dtype):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("shape", [(1, 7, 3, 2, 2, 1), (1, 9, 3, 2, 1, 1)], ids=str)
+def test_2d_groups_cross_lines(shape):
+    """Of 7 positions, the shortest that are not counted as short; of 9, where rows are unpacked."""
+    check_2d(selective_scan_2d_arguments(*shape, dtype=torch.bfloat16, device=DEVICE), "cross2d")
+
+
+@pytest.mark.triton
+def test_2d_warps_of_64_lanes(monkeypatch):
+    from mmvmamba_kernels.backends.triton import scan as triton_scan
+
+    monkeypatch.setattr(triton_scan, "lanes", lambda _: 64)
+    check_2d(selective_scan_2d_arguments(1, 1, 3, 65, 1, 1, 2, device=DEVICE), "rows")
+
+
+@pytest.mark.triton
 def test_2d_low_precision_maps_with_float32_parameters():
     arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, device=DEVICE)
     for name in ("x", "proj"):
@@ -110,10 +125,20 @@ def test_2d_low_precision_maps_with_float32_parameters():
         (1, 1, 1, 1, 1, 1),
         (1, 2, 2, 33, 1, 1),
         (1, 2, 5, 2, 1, 2),
-        (1, 2, 2, 2, 17, 1),
+        (1, 1, 2, 64, 1, 1),
+        (1, 2, 2, 2, 33, 1),
         (1, 2, 3, 2, 65, 1),
+        (1, 1, 3, 2, 1, 17),
     ],
-    ids=["one element", "two channel blocks", "two states", "rank 17", "rank 65"],
+    ids=[
+        "one element",
+        "two channel blocks",
+        "two states",
+        "two blocks a program",
+        "rank 33",
+        "rank 65",
+        "17 states",
+    ],
 )
 def test_2d_sizes(shape):
     check_2d(selective_scan_2d_arguments(*shape, 2, device=DEVICE), "rows")

@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+_PART = 4096
+"""Positions of one of the products that make up a sum over positions."""
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 factors are float32's, whatever the user allows his own to be.
+
+    Step sizes are exponents, and no part of a model in which TF32 was asked for.
+    """
+    matmul = torch.backends.cuda.matmul
+    # The newer setting is read where there is one: the older refuses if only that was used.
+    allowed = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if allowed is None else allowed == "tf32"
+    if not allowed:
+        yield
+        return
+    matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = True
 
 
 def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, int]:
@@ -44,7 +70,40 @@ def low_rank(proj: Tensor, rank: int) -> Tensor:
 
 def raw_step_sizes(proj: Tensor, dt_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Step sizes before bias and softplus, (K, positions, D), in ``dtype``."""
-    return torch.bmm(low_rank(proj, dt_weight.shape[2]).to(dtype), dt_weight.mT.to(dtype))
+    with exact_products():
+        return torch.bmm(low_rank(proj, dt_weight.shape[2]).to(dtype), dt_weight.mT.to(dtype))
+
+
+def sum_of_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A batched product a^T b over many positions, as shorter products that are added in order.
+
+    One product of so few rows and columns would run on a handful of multiprocessors.
+
+    Args:
+        a: (K, positions, I), contiguous.
+        b: (K, positions, J), contiguous.
+        dtype: Dtype of sums and result.
+
+    Returns:
+        (K, I, J).
+    """
+    positions = a.shape[1]
+    whole = positions // _PART * _PART
+    if whole < 2 * _PART:
+        return matmul(a.mT, b, dtype)
+    total = torch.stack(
+        [
+            matmul(
+                left[:whole].unflatten(0, (-1, _PART)).mT,
+                right[:whole].unflatten(0, (-1, _PART)),
+                dtype,
+            ).sum(0)
+            for left, right in zip(a, b, strict=True)
+        ]
+    )
+    if whole < positions:
+        total += matmul(a[:, whole:].mT, b[:, whole:], dtype)
+    return total
 
 
 def low_rank_gradients(
@@ -69,7 +128,11 @@ def low_rank_gradients(
     rank = dt_weight.shape[2]
     grad_proj = torch.empty_like(proj)
     columns = grad_proj.flatten(0, 2)
-    columns[..., :rank] = torch.bmm(raw, dt_weight.to(raw.dtype)).transpose(0, 1)
+    # A column of ones: the bias's gradient is one more column, and the raw gradient is read once.
+    low = torch.nn.functional.pad(low_rank(proj, rank).to(raw.dtype), (0, 1), value=1.0)
+    with exact_products():
+        columns[..., :rank] = torch.bmm(raw, dt_weight.to(raw.dtype)).transpose(0, 1)
+        sums = sum_of_products(raw, low, dtype)
     columns[..., rank:] = grad_weights.transpose(0, 1)
-    grad_weight = matmul(raw.mT, low_rank(proj, rank).to(raw.dtype), dtype)
-    return grad_proj, grad_weight.to(dt_weight.dtype), raw.sum(1, dtype=dtype)
+    grad_weight, grad_bias = sums.split([rank, 1], dim=2)
+    return grad_proj, grad_weight.to(dt_weight.dtype, copy=True), grad_bias[..., 0].contiguous()

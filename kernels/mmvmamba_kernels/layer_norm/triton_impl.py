@@ -123,7 +123,7 @@ def _launch_forward(
                 rows,
                 rows // parts.shape[1],
                 channels,
-                eps,
+                EPS=eps,
                 PARTS=parts.shape[0],
                 HAS_BRANCH=branch is not None,
                 HAS_SCALE=scale is not None,

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.backends.triton.scan import Layout, Operands, scan_backward, scan_forward
+from mmvmamba_kernels.backends.triton.scan import (
+    Layout,
+    Operands,
+    scan_backward,
+    scan_forward,
+)
 from mmvmamba_kernels.patterns import Path
 from mmvmamba_kernels.selective_scan.arguments import Arguments
 
@@ -27,18 +32,16 @@ def _layout(scan: Arguments) -> Layout:
         paths=(Path(column_major=False, reverse=False),) * groups,
         low_rank=0,
         rank=0,
-        stride_u=groups * channels,
+        stride=groups * channels,
         stride_u_k=channels,
-        stride_y=groups * channels,
         stride_y_k=channels,
-        stride_delta=groups * channels,
         stride_delta_k=channels,
     )
 
 
 def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return _layout(scan).carries_shape()
+    return _layout(scan).carries_shape
 
 
 def _channels_last(sequence: Tensor) -> Tensor:

@@ -37,18 +37,16 @@ def _layout(scan: Arguments, low_rank: int = 0, rank: int = 0) -> Layout:
         paths=scan.paths,
         low_rank=low_rank,
         rank=rank,
-        stride_u=channels,
+        stride=channels,
         stride_u_k=0,
-        stride_y=channels,
         stride_y_k=positions * channels,
-        stride_delta=channels,
         stride_delta_k=positions * channels,
     )
 
 
 def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return _layout(scan).carries_shape()
+    return _layout(scan).carries_shape
 
 
 def _operands(scan: Arguments, max_rank: int) -> tuple[Layout, Operands]:

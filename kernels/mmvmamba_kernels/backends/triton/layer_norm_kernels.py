@@ -33,7 +33,8 @@ def layer_norm_fwd_kernel(
     rows,
     sample_rows,
     channels,
-    eps,
+    # A number that is no constant is float32, also where the arithmetic is float64.
+    EPS: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -65,7 +66,7 @@ def layer_norm_fwd_kernel(
     total = rounded.to(ACC)
     mean = tl.sum(total, 1) / channels
     centred = tl.where(inside, total - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
+    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + EPS)
     weight = tl.load(weight_ptr + column, column_inside, 0.0).to(ACC)
     bias = tl.load(bias_ptr + column, column_inside, 0.0).to(ACC)
     out = centred * inverse[:, None] * weight[None, :] + bias[None, :]

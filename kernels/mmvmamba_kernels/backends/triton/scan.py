@@ -31,6 +31,7 @@ from mmvmamba_kernels.backends.triton.scan_kernels import (
 )
 from mmvmamba_kernels.backends.triton.support import (
     interpreting,
+    lanes,
     multiprocessors,
     on_device,
 )
@@ -45,11 +46,8 @@ MAX_RANK = 64
 Beyond it the raw step sizes are a matrix product in memory.
 """
 
-MAX_RANK_BACKWARD = 16
-"""The same of the backward pass, which needs registers and code for an interval at once.
-
-From there on reading a raw step size costs less than the R loads and products of a position.
-"""
+MAX_RANK_BACKWARD = 32
+"""The same of the backward pass, which needs registers and code for a group at once."""
 
 
 class _Warps(NamedTuple):
@@ -86,16 +84,14 @@ class Layout:
     """Columns of ``proj`` before B."""
     rank: int
     """The dt rank if the kernels expand it, 0 if the raw step sizes are read."""
-    stride_u: int
-    """From a position to the next in u and in the gradient of y."""
+    stride: int
+    """From a position to the next in all maps: u, y, the raw step sizes, and their gradients."""
     stride_u_k: int
-    """From a direction to the next."""
-    stride_y: int
-    """The same in y and in the gradient of u, where k counts the directions of one launch."""
+    """From a direction to the next in u and in the gradient of y."""
     stride_y_k: int
-    stride_delta: int
-    """The same in the raw step sizes and in their gradient."""
+    """The same in y and in the gradient of u, where k counts the directions of one launch."""
     stride_delta_k: int
+    """The same in the raw step sizes and in their gradient."""
 
     @property
     def lines(self) -> int:
@@ -120,10 +116,10 @@ class Layout:
         """
         return INTERVAL if self.states == 1 else 8 * INTERVAL
 
-    def carries_shape(self, interval: int | None = None) -> tuple[int, ...]:
-        """Shape of the states at every ``interval`` positions, by default those that are saved."""
-        interval = interval or self.saved_interval
-        intervals = ceil_div(self.length, interval)
+    @property
+    def carries_shape(self) -> tuple[int, ...]:
+        """Shape of the states that the forward pass saves."""
+        intervals = ceil_div(self.length, self.saved_interval)
         return self.sequences, len(self.paths), intervals, self.states, self.channels
 
 
@@ -164,25 +160,29 @@ def chunk_length(programs: int, length: int, processors: int, warps: _Warps, mul
     return ceil_div(chunk, multiple) * multiple
 
 
-def channel_block(layout: Layout) -> int:
-    """Channels of one program of the forward pass: two to a lane if no lane is left without work.
+def channel_blocks(layout: Layout, width: int) -> int:
+    """Blocks of channels of one program of the forward pass: two if no lane is left without work.
 
-    Two share the scalars of a position, but with many states the registers do not last for them.
+    Two share the words of a position, but with many states the registers do not last for them.
+
+    Args:
+        layout: The problem.
+        width: Channels of a block, one a lane of the warp that a program is.
     """
-    return 64 if layout.channels % 64 == 0 and layout.states <= 4 else 32
+    return 2 if layout.channels % (2 * width) == 0 and layout.states <= 4 else 1
 
 
-def unroll(layout: Layout) -> int:
-    """Positions whose loads are in flight together, limited by the registers that they take."""
-    scalars = layout.rank + 2 * layout.states
-    return 8 if scalars <= 8 else 4 if scalars <= 16 else 2 if scalars <= 64 else 1
+def forward_group(layout: Layout) -> int:
+    """Positions of a group of the forward pass, by the code that they take."""
+    work = layout.rank + 4 * layout.states
+    return 8 if work <= 16 else 4 if work <= 128 else 2
 
 
 class _Launch:
     """What the kernels of one scan have in common."""
 
     def __init__(
-        self, layout: Layout, operands: Operands, block: int, warps: _Warps, multiple: int
+        self, layout: Layout, operands: Operands, blocks: int, warps: _Warps, multiple: int
     ):
         if layout.height * layout.width >= 2**31:
             raise ValueError(
@@ -190,21 +190,21 @@ class _Launch:
                 "kernels, which number a map's positions with 32 bits: use backend='reference'"
             )
         self.layout, self.operands = layout, operands
-        self.block = block
-        self.blocks = ceil_div(layout.channels, block)
+        self.lanes = lanes(operands.u.device)
+        self.blocks = ceil_div(layout.channels, blocks * self.lanes)
         paths = layout.paths
         self.directions = len(paths)
-        u = operands.u
+        u, proj = operands.u, operands.proj
         programs = layout.sequences * self.directions * self.blocks
         processors = multiprocessors(u.device)
         self.cut(chunk_length(programs, layout.length, processors, warps, multiple))
         width = layout.low_rank + 2 * layout.states
-        reach = (
-            layout.height
-            * layout.width
-            * max(layout.stride_u, layout.stride_y, layout.stride_delta, self.directions * width)
-        )
+        reach = layout.height * layout.width * max(layout.stride, self.directions * width)
         compute = tl.float64 if operands.dtype == torch.float64 else tl.float32
+        # Two numbers of 16 bits are read as one word.
+        packed = (
+            proj.element_size() == 2 and layout.low_rank % 2 == 0 and proj.storage_offset() % 2 == 0
+        )
         self.constants = {
             "K": self.directions,
             "N": layout.states,
@@ -212,30 +212,35 @@ class _Launch:
             "LOW": layout.low_rank,
             "COLUMN": sum(path.column_major << k for k, path in enumerate(paths)),
             "REVERSE": sum(path.reverse << k for k, path in enumerate(paths)),
+            # Lines so short that a group of positions crosses several ends.
+            "SHORT": layout.lines == 1
+            and layout.height < INTERVAL - 1
+            and any(path.column_major for path in paths),
             "HAS_BIAS": operands.bias is not None,
             "SOFTPLUS": operands.softplus,
-            "BLOCK_D": block,
+            "BLOCKS": blocks,
+            "LANES": self.lanes,
+            "FULL": layout.channels % (blocks * self.lanes) == 0,
+            "PACK": 2 if packed else 1,
+            "TYPE": tl.bfloat16 if proj.dtype == torch.bfloat16 else tl.float16,
             "ACC": compute,
             # The start of a map always has 64 bits; within it 32 are faster and mostly enough.
             "INDEX": tl.int32 if reach < _NARROW else tl.int64,
-            "FAST_LOG": u.is_cuda
+            "FAST": u.is_cuda
             and torch.version.hip is None
             and compute == tl.float32
             and not interpreting(),
             "num_warps": 1,
         }
         # An absent tensor is never read, but a kernel must be given one.
+        self.absent = u.new_empty(0, dtype=operands.dtype)
+        words = proj.view(-1).view(torch.int32) if packed else proj
         self.inputs = tuple(
-            u if t is None else t
-            for t in (operands.delta, operands.proj, operands.weight, operands.bias, operands.A)
+            self.absent if t is None else t
+            for t in (operands.delta, words, operands.weight, operands.bias, operands.A)
         )
         self.sizes = (layout.channels, layout.height, layout.width, layout.lines, layout.length)
-        self.strides = (
-            layout.stride_u,
-            layout.stride_u_k,
-            layout.stride_delta,
-            layout.stride_delta_k,
-        )
+        self.strides = (layout.stride, layout.stride_u_k, layout.stride_delta_k)
 
     def cut(self, chunk: int) -> None:
         """Cut the paths into chunks of this length."""
@@ -245,16 +250,16 @@ class _Launch:
         return (self.blocks * directions * self.chunks * self.layout.sequences,)
 
     def entering_states(self, u: Tensor, backwards: bool) -> Tensor:
-        """The states that enter the chunks.
+        """The states that enter the chunks; no elements if there is one chunk.
 
         Args:
             u: The input; backwards, the gradient of the output.
             backwards: Whether the recurrence is the adjoint one.
         """
+        if self.chunks == 1:
+            return self.absent
         layout = self.layout
         shape = (layout.sequences, self.directions, self.chunks, layout.states, layout.channels)
-        if self.chunks == 1:
-            return u.new_zeros(shape, dtype=self.operands.dtype)
         state = u.new_empty(shape, dtype=self.operands.dtype)
         total = u.new_empty(shape[:3] + shape[4:], dtype=self.operands.dtype)
         selective_scan_state_kernel[self.grid(self.directions)](
@@ -268,10 +273,10 @@ class _Launch:
             self.blocks,
             *self.strides,
             BACKWARDS=backwards,
-            UNROLL=unroll(layout),
+            GROUP=forward_group(layout),
             **self.constants,
         )
-        blocks = ceil_div(layout.channels, 32)
+        blocks = ceil_div(layout.channels, self.lanes)
         selective_scan_carry_kernel[(blocks * self.directions * layout.states * layout.sequences,)](
             state,
             total,
@@ -282,39 +287,33 @@ class _Launch:
             K=self.directions,
             N=layout.states,
             BACKWARDS=backwards,
-            UNROLL=8,
-            BLOCK_D=32,
+            UNROLL=16,
+            BLOCK_D=self.lanes,
             ACC=self.constants["ACC"],
             num_warps=1,
         )
         return state
 
     def walk(
-        self,
-        entering: Tensor | None,
-        carries: Tensor,
-        y: Tensor | None,
-        launches: Sequence[tuple[int, int]],
-        saved: int,
+        self, entering: Tensor, carries: Tensor, y: Tensor, launches: Sequence[tuple[int, int]]
     ) -> None:
         """Run the forward kernel.
 
         Args:
-            entering: The states that enter the chunks; None if they are zero.
+            entering: The states that enter the chunks.
             carries: Where states go; without elements, nowhere.
-            y: Where outputs go; None for nowhere.
+            y: Where outputs go.
             launches: First direction and number of directions of each launch.
-            saved: Positions between the states that go to ``carries``.
         """
         u, skip = self.operands.u, self.operands.skip
         for first, count in launches:
             selective_scan_fwd_kernel[self.grid(count)](
                 u,
                 *self.inputs,
-                u if skip is None else skip,
-                u if entering is None else entering,
+                self.absent if skip is None else skip,
+                entering,
                 carries,
-                u if y is None else y,
+                y,
                 *self.sizes,
                 self.chunk,
                 self.chunks,
@@ -322,15 +321,11 @@ class _Launch:
                 first,
                 count,
                 *self.strides,
-                self.layout.stride_y,
                 self.layout.stride_y_k,
                 HAS_SKIP=skip is not None,
-                ENTER=entering is not None,
-                SAVE=carries.numel() > 0,
-                ACCUMULATE=first > 0 and y is not None,
-                OUTPUT=y is not None,
-                SAVED=saved,
-                UNROLL=unroll(self.layout),
+                SAVED=self.layout.saved_interval if carries.numel() else 0,
+                ACCUMULATE=first > 0,
+                GROUP=forward_group(self.layout),
                 **self.constants,
             )
 
@@ -348,30 +343,23 @@ def scan_forward(
         save: Save states for the backward pass.
 
     Returns:
-        The saved states, of ``layout.carries_shape()``; no elements without ``save``.
+        The saved states, of ``layout.carries_shape``; no elements without ``save``.
     """
     u = operands.u
-    carries = u.new_empty(layout.carries_shape() if save else (0,), dtype=operands.dtype)
+    carries = u.new_empty(layout.carries_shape if save else (0,), dtype=operands.dtype)
     if u.numel() == 0:
         return carries
-    saved = layout.saved_interval
     with on_device(u):
-        launch = _Launch(layout, operands, channel_block(layout), _FORWARD_WARPS, saved)
-        entering = launch.entering_states(u, backwards=False) if launch.chunks > 1 else None
-        launch.walk(entering, carries, y, launches, saved)
+        launch = _Launch(
+            layout,
+            operands,
+            channel_blocks(layout, lanes(u.device)),
+            _FORWARD_WARPS,
+            layout.saved_interval,
+        )
+        entering = launch.entering_states(u, backwards=False)
+        launch.walk(entering, carries, y, launches)
     return carries
-
-
-def _states_at_intervals(layout: Layout, operands: Operands, carries: Tensor) -> Tensor:
-    """The states at every INTERVAL positions, from those that were saved."""
-    saved = layout.saved_interval
-    if saved == INTERVAL:
-        return carries
-    states = carries.new_empty(layout.carries_shape(INTERVAL))
-    launch = _Launch(layout, operands, channel_block(layout), _FORWARD_WARPS, saved)
-    launch.cut(saved)
-    launch.walk(carries, states, None, [(0, len(layout.paths))], INTERVAL)
-    return states
 
 
 @dataclass(frozen=True)
@@ -412,27 +400,33 @@ def scan_backward(
     u, dtype = operands.u, operands.dtype
     states, channels, directions = layout.states, layout.channels, len(layout.paths)
     positions = layout.batch * layout.height * layout.width
-    skips = operands.skip is not None
+    skip = operands.skip
     if u.numel() == 0:
         shapes = (0, directions, 2 * states), (directions, channels, states), (directions, channels)
-        proj, rates, skip = (u.new_zeros(shape, dtype=dtype) for shape in shapes)
-        return Gradients(proj, rates, skip if skips else None)
+        proj, rates, grad_skip = (u.new_zeros(shape, dtype=dtype) for shape in shapes)
+        return Gradients(proj, rates, None if skip is None else grad_skip)
     with on_device(u):
-        carries = _states_at_intervals(layout, operands, carries)
-        launch = _Launch(layout, operands, 32, _BACKWARD_WARPS, INTERVAL)
+        saved = layout.saved_interval
+        launch = _Launch(layout, operands, 1, _BACKWARD_WARPS, saved)
         entering = launch.entering_states(grad_y, backwards=True)
         grad_proj = u.new_empty((launch.blocks, positions, directions, 2 * states), dtype=dtype)
         rows = layout.sequences * launch.chunks
-        # With more than one state the kernel adds to what is there.
-        new = u.new_empty if states == 1 else u.new_zeros
-        grad_rates = new((rows, directions, states, channels), dtype=dtype)
-        grad_skip = u.new_empty((rows, directions, channels) if skips else (0,), dtype=dtype)
+        grad_rates = u.new_empty((rows, directions, states, channels), dtype=dtype)
+        grad_skip = u.new_empty(
+            (rows, directions, channels) if skip is not None else 0, dtype=dtype
+        )
+        # What several states have between their turns: at every group, their gradients, their sums.
+        turns = (saved // INTERVAL + 2) * states * launch.lanes if states > 1 else 0
         for first, count in launches:
-            selective_scan_bwd_kernel[launch.grid(count)](
+            grid = launch.grid(count)
+            selective_scan_bwd_kernel[grid](
                 u,
-                *launch.inputs,
-                operands.skip if skips else u,
+                *launch.inputs[:2],
+                operands.proj,
+                *launch.inputs[2:],
+                launch.absent if skip is None else skip,
                 carries,
+                u.new_empty(grid[0] * turns, dtype=dtype),
                 grad_y,
                 entering,
                 grad_u,
@@ -447,16 +441,19 @@ def scan_backward(
                 launch.blocks,
                 first,
                 count,
+                states,
                 *launch.strides,
-                layout.stride_y,
                 layout.stride_y_k,
-                HAS_SKIP=skips,
+                HAS_SKIP=skip is not None,
                 ACCUMULATE=first > 0,
-                INTERVAL=INTERVAL,
+                SAVED=saved,
+                GROUP=INTERVAL,
                 **launch.constants,
             )
     return Gradients(
-        grad_proj.sum(0), grad_rates.sum(0).transpose(1, 2), grad_skip.sum(0) if skips else None
+        grad_proj.sum(0),
+        grad_rates.sum(0).transpose(1, 2),
+        None if skip is None else grad_skip.sum(0),
     )
 
 

@@ -1,6 +1,18 @@
-"""Device code of the selective scan; :mod:`mmvmamba_kernels.backends.triton.scan` launches it."""
+"""Device code of the selective scan; :mod:`mmvmamba_kernels.backends.triton.scan` launches it.
 
-# ruff: noqa: RET505, RUF005, SIM102 - a constexpr branch must stay one, and Triton has no unpacking
+A program is one warp, a lane a channel of each of its BLOCKS blocks. It walks its path in groups of
+GROUP positions. Three things keep it from waiting for memory:
+
+- The loads of a group are issued together, a group or two ahead, and the loop carries what they
+  give as it is: a conversion before the loop's end would wait for it.
+- The rows of ``proj`` that a group needs, the same for all channels, are one or a few loads of the
+  whole warp, a word a lane. A lane asks the others for a word where it needs it, which takes one
+  instruction and no register beforehand.
+- Lanes find the positions of a group as well, one each. Beyond the end of a path the last position
+  is read again, and what it would add is left out, so that no load depends on a comparison.
+"""
+
+# ruff: noqa: RET505, RUF005, SIM102, SIM108 - a constexpr branch must stay one, and Triton has no unpacking
 
 from __future__ import annotations
 
@@ -19,6 +31,7 @@ _SIZES = (
     "blocks",
     "first",
     "wave",
+    "states",
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -26,9 +39,9 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _log2(x, FAST_LOG: tl.constexpr):
+def _log2(x, FAST: tl.constexpr):
     # Triton's own log2 is twenty instructions and a branch; the argument here is never subnormal.
-    if FAST_LOG:
+    if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -37,23 +50,39 @@ def _log2(x, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
-def _softplus(z, SOFTPLUS: tl.constexpr, ACC: tl.constexpr, FAST_LOG: tl.constexpr):
-    """softplus(z) and its derivative; z itself and 1 beyond 20, or everywhere without SOFTPLUS."""
+def _reciprocal(x, FAST: tl.constexpr):
+    # Triton's division takes care of quotients that overflow on the way; this one cannot.
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _softplus(z, SOFTPLUS: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr):
+    """softplus and its derivative; z itself and 1 beyond 20, or everywhere without SOFTPLUS.
+
+    With SOFTPLUS the argument is z * log2(e).
+    """
     if SOFTPLUS:
-        e = tl.exp2(z * _LOG2E)
+        e = tl.exp2(z)
         w = 1.0 + e
+        linear = z > 20.0 * _LOG2E
         if tl.float64 == ACC:
             # The rounding error of 1 + e cancels in the quotient.
             rounded = w - 1.0
             value = tl.where(
                 rounded == 0.0, e, tl.log(w) * (e / tl.where(rounded == 0.0, 1.0, rounded))
             )
+            value = tl.where(linear, z * _LN2, value)
         else:
-            # Below 1/32 the logarithm of 1 + e loses digits; four terms of its series suffice.
-            series = e * (1.0 - e * (0.5 - e * (0.3333333333333333 - e * 0.25)))
-            value = tl.where(e < 0.03125, series, _LN2 * _log2(w, FAST_LOG))
-        linear = z > 20.0
-        return tl.where(linear, z, value), tl.where(linear, 1.0, e / w)
+            # Below 1/32 the logarithm of 1 + e loses digits. This parabola is ln(1 + e) / e within
+            # 3e-7 there.
+            series = e * (0.9999997702671433 + e * (-0.4998674903719871 + e * 0.32193565366363264))
+            value = tl.where(e < 0.03125, series, _LN2 * tl.where(linear, z, _log2(w, FAST)))
+        return value, tl.where(linear, 1.0, e * _reciprocal(w, FAST))
     else:
         return z, tl.full(z.shape, 1.0, ACC)
 
@@ -73,69 +102,319 @@ def _program(blocks, wave, first, chunks):
 
 
 @triton.jit
-def _sequence(s, k, height, width, lines, length, COLUMN: tl.constexpr):
-    """First position of a sequence, positions of a run of its path, and the step within a run."""
+def _path(s, k, t, height, width, lines, length, COLUMN: tl.constexpr, REVERSE: tl.constexpr):
+    """Where step t of a path is, and how it goes on.
+
+    Returns the first position of the sequence; from there the position of step t; its number within
+    its run, the straight part of a path; the positions of a run; the distance from a position to
+    the next; and what is added to it at the end of a run.
+    """
     column = ((COLUMN >> k) & 1) == 1
     base = (s // lines).to(tl.int64) * height * width + (s % lines) * tl.where(column, 1, width)
-    return base, tl.where(column, height, length), tl.where(column, width, 1)
-
-
-@triton.jit
-def _start(t, k, run, step, length, REVERSE: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Where step t of a path is, and how to walk on from there without divisions.
-
-    Returns the position from the start of the sequence, its number within its run, and the
-    distances to the next position and to the next run.
-    """
+    run = tl.where(column, height, length)
     reverse = ((REVERSE >> k) & 1) == 1
-    index = tl.where(reverse, length - 1 - t, t)
-    within = index % run
-    pos = index // run + within * step
-    down = reverse != BACKWARDS
-    sign = tl.where(down, -1, 1)
-    return pos, tl.where(down, run - 1 - within, within), sign * step, sign * (1 - (run - 1) * step)
+    sign = tl.where(reverse, -1, 1)
+    step = tl.where(column, width, 1)
+    start = tl.where(reverse, (length - 1) // run + (run - 1) * step, 0)
+    position = start + sign * (t // run + (t % run) * step)
+    return base, position, t % run, run, sign * step, sign * (1 - run * step)
 
 
 @triton.jit
-def _advance(pos, q, run, step, jump, more):
-    """The next position; at the end of the walk the same one, so that loads stay in the map."""
-    wrap = q + 1 == run
-    ahead = pos + tl.where(wrap, jump, step)
-    return tl.where(more, ahead, pos), tl.where(wrap, 0, q + 1)
+def _at(position, within, j, run, step, hop, SHORT: tl.constexpr):
+    """The position ``j`` steps on; less than two runs away, unless SHORT."""
+    if SHORT:
+        return position + j * step + (within + j) // run * hop
+    else:
+        return position + j * step + tl.where(within + j >= run, hop, 0)
 
 
 @triton.jit
-def _direction(
-    weight_ptr,
-    bias_ptr,
-    k,
-    d,
-    inside,
-    channels,
-    R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+def _ahead(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
+    """The position a group further on, and its number within its run."""
+    ahead = within + GROUP
+    if SHORT:
+        runs = ahead // run
+    else:
+        runs = (ahead >= run).to(tl.int32) + (ahead >= 2 * run).to(tl.int32)
+    return position + GROUP * step + runs * hop, ahead - runs * run
+
+
+@triton.jit
+def _back(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
+    """The position a group before, and its number within its run."""
+    back = within - GROUP
+    if SHORT:
+        runs = (run - 1 - back) // run
+    else:
+        runs = (back < 0).to(tl.int32) + (back + run < 0).to(tl.int32)
+    return position - GROUP * step - runs * hop, back + runs * run
+
+
+@triton.jit
+def _read(ptr, inside, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def _write(ptr, value, mask, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=inside & mask)
+
+
+@triton.jit
+def _pick(lanes, i: tl.constexpr, LANES: tl.constexpr):
+    """What lane i has, in all lanes."""
+    return tl.gather(lanes, tl.full((LANES,), i, tl.int32), 0)
+
+
+@triton.jit
+def _group_offsets(
+    position,
+    within,
+    last,
+    run,
+    step,
+    hop,
+    stride,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Where a group's positions are in a map, a position a lane; those behind ``last`` are it."""
+    j = tl.minimum(tl.arange(0, LANES), last)
+    return _at(position, within, j, run, step, hop, SHORT).to(INDEX) * stride
+
+
+@triton.jit
+def _load_rows(
+    row_ptr,
+    position,
+    within,
+    last,
+    run,
+    step,
+    hop,
+    STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """The rows of proj at a group's positions, one after another, a word a lane."""
+    rows = ()
+    for i in tl.static_range((GROUP * WORDS + LANES - 1) // LANES):
+        word = i * LANES + tl.arange(0, LANES)
+        at = _at(position, within, tl.minimum(last, word // WORDS), run, step, hop, SHORT)
+        rows = rows + (tl.load(row_ptr + at.to(INDEX) * STRIDE + word % WORDS),)
+    return rows
+
+
+@triton.jit
+def _element(
+    rows,
+    j: tl.constexpr,
+    i: tl.constexpr,
+    WORDS: tl.constexpr,
+    PACK: tl.constexpr,
+    LANES: tl.constexpr,
+    TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The rows of dt_weight and dt_bias that belong to these channels."""
-    weights = ()
-    for r in tl.static_range(R):
-        w = tl.load(weight_ptr + (k * channels + d) * R + r, mask=inside, other=0.0)
-        weights = weights + (w.to(ACC),)
-    bias = tl.zeros(d.shape, ACC)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + k * channels + d, mask=inside, other=0.0).to(ACC)
-    return weights, bias
+    """Column i of a group's row j, in all lanes."""
+    WORD: tl.constexpr = j * WORDS + i // PACK
+    word = _pick(rows[WORD // LANES], WORD % LANES, LANES)
+    if PACK == 1:
+        return word.to(ACC)
+    elif tl.bfloat16 == TYPE:
+        half = word << 16 if i % 2 == 0 else word & -65536
+        return half.to(tl.float32, bitcast=True).to(ACC)
+    else:
+        half = word if i % 2 == 0 else word >> 16
+        return half.to(tl.int16).to(TYPE, bitcast=True).to(ACC)
 
 
 @triton.jit
-def _raw_step(delta_row, proj_row, weights, bias, d, inside, R: tl.constexpr, ACC: tl.constexpr):
-    """A position's step sizes before softplus: recomputed from the low rank, or read if R is 0."""
-    z = bias
-    if R == 0:
-        z += tl.load(delta_row + d, mask=inside, other=0.0).to(ACC)
+def _load_maps(
+    pointers,
+    offsets,
+    inside,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """COUNT maps at a group's positions: map after map, position after position, then blocks."""
+    places = ()
+    for j in tl.static_range(GROUP):
+        places = places + (_pick(offsets, j, LANES),)
+    values = ()
+    for i in tl.static_range(COUNT):
+        for j in tl.static_range(GROUP):
+            for g in tl.static_range(BLOCKS):
+                ptr = pointers[i] + places[j] + g * LANES
+                values = values + (_read(ptr, inside[g], FULL),)
+    return values
+
+
+@triton.jit
+def _load_group(
+    row_ptr,
+    pointers,
+    position,
+    within,
+    last,
+    run,
+    step,
+    hop,
+    stride,
+    inside,
+    ROW: tl.constexpr,
+    WORDS: tl.constexpr,
+    MAPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """What a group needs: its rows of proj, its offsets in maps, and the maps there."""
+    rows = _load_rows(
+        row_ptr, position, within, last, run, step, hop, ROW, WORDS, GROUP, LANES, SHORT, INDEX
+    )
+    offsets = _group_offsets(position, within, last, run, step, hop, stride, LANES, SHORT, INDEX)
+    maps = _load_maps(pointers, offsets, inside, MAPS, GROUP, BLOCKS, LANES, FULL)
+    return rows, offsets, maps
+
+
+@triton.jit
+def _next_group(
+    position,
+    within,
+    last,
+    remaining,
+    run,
+    step,
+    hop,
+    BACKWARDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """Position, number within its run, last number and remaining positions of the group after this.
+
+    After the last group comes the last group again, so that loads stay in the map.
+    """
+    more = remaining > GROUP
+    if BACKWARDS:
+        new_position, new_within = _back(position, within, run, step, hop, GROUP, SHORT)
+        new_last = GROUP - 1
+    else:
+        new_position, new_within = _ahead(position, within, run, step, hop, GROUP, SHORT)
+        new_last = tl.minimum(remaining - GROUP, GROUP) - 1
+    return (
+        tl.where(more, new_position, position),
+        tl.where(more, new_within, within),
+        tl.where(more, new_last, last),
+        tl.where(more, remaining - GROUP, remaining),
+    )
+
+
+@triton.jit
+def _parameters(
+    weight_ptr,
+    bias_ptr,
+    a_ptr,
+    skip_ptr,
+    k,
+    d,
+    channels,
+    N: tl.constexpr,
+    RATES: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What channels have of their own, block after block: inside, weights, bias, rates, skip.
+
+    Of the rates the first RATES. Weights and bias are multiplied by SCALE.
+    """
+    all_inside = ()
+    weights = ()
+    biases = ()
+    rates = ()
+    skips = ()
+    for g in tl.static_range(BLOCKS):
+        c = d + g * LANES
+        inside = c < channels
+        row = k * channels + c
+        all_inside = all_inside + (inside,)
+        for r in tl.static_range(R):
+            w = tl.load(weight_ptr + row * R + r, mask=inside, other=0.0)
+            weights = weights + (w.to(ACC) * SCALE,)
+        for n in tl.static_range(RATES):
+            a = tl.load(a_ptr + row * N + n, mask=inside, other=0.0)
+            rates = rates + (a.to(ACC),)
+        bias = tl.zeros((LANES,), ACC)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + row, mask=inside, other=0.0).to(ACC) * SCALE
+        biases = biases + (bias,)
+        skip = tl.zeros((LANES,), ACC)
+        if HAS_SKIP:
+            skip = tl.load(skip_ptr + row, mask=inside, other=0.0).to(ACC)
+        skips = skips + (skip,)
+    return all_inside, weights, biases, rates, skips
+
+
+@triton.jit
+def _step_sizes(
+    rows,
+    maps,
+    weights,
+    biases,
+    j: tl.constexpr,
+    DELTAS: tl.constexpr,
+    R: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PACK: tl.constexpr,
+    LANES: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Step sizes at a group's position j, and the derivatives of softplus, block after block.
+
+    The raw step sizes are computed from the low rank, or were read as ``maps[DELTAS:]`` if R is 0.
+    """
+    low = ()
     for r in tl.static_range(R):
-        z += tl.load(proj_row + r).to(ACC) * weights[r]
-    return z
+        low = low + (_element(rows, j, r, WORDS, PACK, LANES, TYPE, ACC),)
+    steps = ()
+    slopes = ()
+    for g in tl.static_range(BLOCKS):
+        z = biases[g]
+        if R == 0:
+            z += maps[DELTAS + j * BLOCKS + g].to(ACC) * SCALE
+        for r in tl.static_range(R):
+            z += low[r] * weights[g * R + r]
+        dt, slope = _softplus(z, SOFTPLUS, ACC, FAST)
+        steps = steps + (dt,)
+        slopes = slopes + (slope,)
+    return steps, slopes
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -156,9 +435,8 @@ def selective_scan_state_kernel(
     chunk,
     chunks,
     blocks,
-    stride_u,
+    stride,
     stride_u_k,
-    stride_delta,
     stride_delta_k,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -166,14 +444,19 @@ def selective_scan_state_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     BACKWARDS: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
-    FAST_LOG: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Sum of the step sizes and end state of every chunk that starts from zero.
 
@@ -181,60 +464,177 @@ def selective_scan_state_kernel(
     and the recurrence is that of the gradient that leaves a position for the one before it:
     s = a (s + C dy).
     """
+    SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
+    WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
+    WORDS: tl.constexpr = (R + 2 * N) // PACK
+    FACTOR: tl.constexpr = R + (N if BACKWARDS else 0)
+    FIRST: tl.constexpr = GROUP - 1 if BACKWARDS else 0
+    STOP: tl.constexpr = -1 if BACKWARDS else GROUP
+    STEP: tl.constexpr = -1 if BACKWARDS else 1
+    MAPS: tl.constexpr = 2 if R == 0 else 1
     block, k, c, s = _program(blocks, K, 0, chunks)
-    base, run, step = _sequence(s, k, height, width, lines, length, COLUMN)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < channels
-    weights, bias = _direction(weight_ptr, bias_ptr, k, d, inside, channels, R, HAS_BIAS, ACC)
-    rates = ()
-    states = ()
-    for n in tl.static_range(N):
-        a = tl.load(a_ptr + (k * channels + d) * N + n, mask=inside, other=0.0).to(ACC)
-        rates = rates + (a * _LOG2E,)
-        states = states + (tl.zeros((BLOCK_D,), ACC),)
-    total = tl.zeros((BLOCK_D,), ACC)
-
-    WIDTH: tl.constexpr = LOW + 2 * N
-    FACTOR: tl.constexpr = LOW + (N if BACKWARDS else 0)
-    u_base = u_ptr + base * stride_u + k.to(tl.int64) * stride_u_k
-    delta_base = delta_ptr + base * stride_delta + k.to(tl.int64) * stride_delta_k
-    proj_base = proj_ptr + base * (K * WIDTH) + k * WIDTH
     t0 = c * chunk
     count = tl.minimum(chunk, length - t0)
-    pos, q, step, jump = _start(
-        t0 + (count - 1 if BACKWARDS else 0), k, run, step, length, REVERSE, BACKWARDS
+    groups = (count + GROUP - 1) // GROUP
+    if BACKWARDS:
+        t0 += (groups - 1) * GROUP
+    base, position, within, run, step, hop = _path(
+        s, k, t0, height, width, lines, length, COLUMN, REVERSE
     )
-    for t in range(0, count, UNROLL):
-        us = ()
-        steps = ()
-        rows = ()
-        for j in tl.static_range(UNROLL):
-            at = pos.to(INDEX)
-            row = proj_base + at * (K * WIDTH)
-            u = tl.load(u_base + at * stride_u + d, mask=inside, other=0.0).to(ACC)
-            z = _raw_step(delta_base + at * stride_delta, row, weights, bias, d, inside, R, ACC)
-            dt, _ = _softplus(z, SOFTPLUS, ACC, FAST_LOG)
-            exists = t + j < count
-            dt = tl.where(exists, dt, 0.0)
-            us = us + (tl.where(exists, u, 0.0) if BACKWARDS else dt * u,)
-            steps = steps + (dt,)
-            rows = rows + (row,)
-            total += dt
-            pos, q = _advance(pos, q, run, step, jump, t + j + 1 < count)
-        for j in tl.static_range(UNROLL):
-            following = ()
+    d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
+    inside, weights, biases, rates, _ = _parameters(
+        weight_ptr,
+        bias_ptr,
+        a_ptr,
+        a_ptr,
+        k,
+        d,
+        channels,
+        N,
+        N,
+        R,
+        HAS_BIAS,
+        False,
+        SCALE,
+        BLOCKS,
+        LANES,
+        ACC,
+    )
+    totals = ()
+    states = ()
+    for _ in tl.static_range(BLOCKS):
+        totals = totals + (tl.zeros((LANES,), ACC),)
+    for _ in tl.static_range(BLOCKS * N):
+        states = states + (tl.zeros((LANES,), ACC),)
+    bases = (u_ptr + base * stride + k.to(tl.int64) * stride_u_k + d,)
+    if R == 0:
+        bases = bases + (delta_ptr + base * stride + k.to(tl.int64) * stride_delta_k + d,)
+    row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
+
+    last = tl.minimum(count - (groups - 1) * GROUP if BACKWARDS else count, GROUP) - 1
+    rows, _offsets, maps = _load_group(
+        row_base,
+        bases,
+        position,
+        within,
+        last,
+        run,
+        step,
+        hop,
+        stride,
+        inside,
+        K * WIDTH,
+        WORDS,
+        MAPS,
+        GROUP,
+        BLOCKS,
+        LANES,
+        FULL,
+        SHORT,
+        INDEX,
+    )
+    remaining = groups * GROUP if BACKWARDS else count
+    position, within, next_last, remaining = _next_group(
+        position, within, last, remaining, run, step, hop, BACKWARDS, GROUP, SHORT
+    )
+    next_rows, _offsets, next_maps = _load_group(
+        row_base,
+        bases,
+        position,
+        within,
+        next_last,
+        run,
+        step,
+        hop,
+        stride,
+        inside,
+        K * WIDTH,
+        WORDS,
+        MAPS,
+        GROUP,
+        BLOCKS,
+        LANES,
+        FULL,
+        SHORT,
+        INDEX,
+    )
+    for _ in range(groups):
+        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
+        for j in tl.static_range(FIRST, STOP, STEP):
+            steps, _slopes = _step_sizes(
+                rows,
+                maps,
+                weights,
+                biases,
+                j,
+                GROUP * BLOCKS,
+                R,
+                SOFTPLUS,
+                SCALE,
+                BLOCKS,
+                WORDS,
+                PACK,
+                LANES,
+                TYPE,
+                ACC,
+                FAST,
+            )
+            factors = ()
             for n in tl.static_range(N):
-                drive = us[j] * tl.load(rows[j] + FACTOR + n).to(ACC)
-                decay = tl.exp2(steps[j] * rates[n])
-                if BACKWARDS:
-                    following = following + (decay * (states[n] + drive),)
-                else:
-                    following = following + (decay * states[n] + drive,)
-            states = following
+                factors = factors + (_element(rows, j, FACTOR + n, WORDS, PACK, LANES, TYPE, ACC),)
+            exists = lane_last >= j
+            new_totals = ()
+            new_states = ()
+            for g in tl.static_range(BLOCKS):
+                dt = tl.where(exists, steps[g], 0.0)
+                u = maps[j * BLOCKS + g].to(ACC)
+                drive = tl.where(exists, u, 0.0) if BACKWARDS else dt * u
+                new_totals = new_totals + (totals[g] + dt,)
+                for n in tl.static_range(N):
+                    decay = tl.exp2(dt * (rates[g * N + n] * _LOG2E))
+                    state = states[g * N + n]
+                    if BACKWARDS:
+                        state = decay * (state + drive * factors[n])
+                    else:
+                        state = decay * state + drive * factors[n]
+                    new_states = new_states + (state,)
+            totals = new_totals
+            states = new_states
+        rows = next_rows
+        maps = next_maps
+        last = next_last
+        position, within, next_last, remaining = _next_group(
+            position, within, next_last, remaining, run, step, hop, BACKWARDS, GROUP, SHORT
+        )
+        next_rows, _offsets, next_maps = _load_group(
+            row_base,
+            bases,
+            position,
+            within,
+            next_last,
+            run,
+            step,
+            hop,
+            stride,
+            inside,
+            K * WIDTH,
+            WORDS,
+            MAPS,
+            GROUP,
+            BLOCKS,
+            LANES,
+            FULL,
+            SHORT,
+            INDEX,
+        )
     chunk_row = ((s.to(tl.int64) * K + k) * chunks + c) * channels
-    tl.store(total_ptr + chunk_row + d, total, mask=inside)
-    for n in tl.static_range(N):
-        tl.store(end_ptr + chunk_row * N + n * channels + d, states[n], mask=inside)
+    for g in tl.static_range(BLOCKS):
+        place = d + g * LANES
+        tl.store(total_ptr + chunk_row + place, totals[g], mask=inside[g])
+        for n in tl.static_range(N):
+            tl.store(
+                end_ptr + chunk_row * N + n * channels + place, states[g * N + n], mask=inside[g]
+            )
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -275,6 +675,22 @@ def selective_scan_carry_kernel(
             state = decays[j] * state + ends[j]
 
 
+@triton.jit
+def _save(
+    ptr,
+    states,
+    channels,
+    inside,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Store the states, state after state."""
+    for n in tl.static_range(N):
+        for g in tl.static_range(BLOCKS):
+            tl.store(ptr + n * channels + g * LANES, states[n * BLOCKS + g], mask=inside[g])
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def selective_scan_fwd_kernel(
     u_ptr,
@@ -297,11 +713,9 @@ def selective_scan_fwd_kernel(
     blocks,
     first,
     wave,
-    stride_u,
+    stride,
     stride_u_k,
-    stride_delta,
     stride_delta_k,
-    stride_y,
     stride_y_k,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -309,170 +723,458 @@ def selective_scan_fwd_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
-    ENTER: tl.constexpr,
-    SAVE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    OUTPUT: tl.constexpr,
     SAVED: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
-    FAST_LOG: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     """Outputs of one chunk or a whole path, of the directions ``first`` to ``first + wave - 1``.
 
-    Direction ``first + i`` writes buffer i of y, or adds to it. Without OUTPUT the kernel leaves
-    nothing but the states at every SAVED positions.
+    Direction ``first + i`` writes buffer i of y, or adds to it. The states at every SAVED
+    positions, a multiple of GROUP, are left for the backward pass; at none if it is 0.
     """
+    SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
+    WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
+    WORDS: tl.constexpr = (R + 2 * N) // PACK
+    SUMS: tl.constexpr = GROUP * BLOCKS * (2 if R == 0 else 1)
+    MAPS: tl.constexpr = 1 + (R == 0) + ACCUMULATE
     block, k, c, s = _program(blocks, wave, first, chunks)
-    base, run, step = _sequence(s, k, height, width, lines, length, COLUMN)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < channels
-    weights, bias = _direction(weight_ptr, bias_ptr, k, d, inside, channels, R, HAS_BIAS, ACC)
-    skip = tl.zeros((BLOCK_D,), ACC)
-    if HAS_SKIP:
-        skip = tl.load(skip_ptr + k * channels + d, mask=inside, other=0.0).to(ACC)
+    t0 = c * chunk
+    count = tl.minimum(chunk, length - t0)
+    groups = (count + GROUP - 1) // GROUP
+    base, position, within, run, step, hop = _path(
+        s, k, t0, height, width, lines, length, COLUMN, REVERSE
+    )
+    d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
+    inside, weights, biases, rates, skips = _parameters(
+        weight_ptr,
+        bias_ptr,
+        a_ptr,
+        skip_ptr,
+        k,
+        d,
+        channels,
+        N,
+        N,
+        R,
+        HAS_BIAS,
+        HAS_SKIP,
+        SCALE,
+        BLOCKS,
+        LANES,
+        ACC,
+    )
     path = s.to(tl.int64) * K + k
-    rates = ()
     states = ()
     for n in tl.static_range(N):
-        a = tl.load(a_ptr + (k * channels + d) * N + n, mask=inside, other=0.0).to(ACC)
-        rates = rates + (a * _LOG2E,)
-        if ENTER:
-            row = entering_ptr + ((path * chunks + c) * N + n) * channels
-            states = states + (tl.load(row + d, mask=inside, other=0.0),)
-        else:
-            states = states + (tl.zeros((BLOCK_D,), ACC),)
+        for g in tl.static_range(BLOCKS):
+            row = entering_ptr + ((path * chunks + c) * N + n) * channels + d + g * LANES
+            # Nothing enters the first chunk, which may be all there is.
+            states = states + (tl.load(row, mask=inside[g] & (c > 0), other=0.0).to(ACC),)
+    y_base = y_ptr + base * stride + (k - first).to(tl.int64) * stride_y_k + d
+    bases = (u_ptr + base * stride + k.to(tl.int64) * stride_u_k + d,)
+    if R == 0:
+        bases = bases + (delta_ptr + base * stride + k.to(tl.int64) * stride_delta_k + d,)
+    if ACCUMULATE:
+        bases = bases + (y_base,)
+    row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
+    carries_base = carries_ptr + d
+    if SAVED > 0:
+        carries_base += (path * ((length + SAVED - 1) // SAVED) + t0 // SAVED) * (N * channels)
 
-    WIDTH: tl.constexpr = LOW + 2 * N
-    u_base = u_ptr + base * stride_u + k.to(tl.int64) * stride_u_k
-    delta_base = delta_ptr + base * stride_delta + k.to(tl.int64) * stride_delta_k
-    proj_base = proj_ptr + base * (K * WIDTH) + k * WIDTH
-    y_base = y_ptr + base * stride_y + (k - first).to(tl.int64) * stride_y_k
-    carries_base = carries_ptr + path * ((length + SAVED - 1) // SAVED) * N * channels
-    t0 = c * chunk
-    t1 = tl.minimum(t0 + chunk, length)
-    pos, q, step, jump = _start(t0, k, run, step, length, REVERSE, False)
-    for t in range(t0, t1, UNROLL):
-        if SAVE:
-            if t % SAVED == 0:
-                saved = carries_base + tl.cast(t // SAVED, tl.int64) * (N * channels)
-                for n in tl.static_range(N):
-                    tl.store(saved + n * channels + d, states[n], mask=inside)
-        # All loads come before all stores: a compiler that cannot tell that they never meet would
-        # keep their order, and every position would wait for the memory.
-        us = ()
-        steps = ()
-        offsets = ()
-        sums = ()
-        for j in tl.static_range(UNROLL):
-            at = pos.to(INDEX)
-            u = tl.load(u_base + at * stride_u + d, mask=inside, other=0.0).to(ACC)
-            z = _raw_step(
-                delta_base + at * stride_delta,
-                proj_base + at * (K * WIDTH),
-                weights,
-                bias,
-                d,
-                inside,
-                R,
-                ACC,
-            )
-            dt, _ = _softplus(z, SOFTPLUS, ACC, FAST_LOG)
-            us = us + (u,)
-            steps = steps + (tl.where(t + j < t1, dt, 0.0),)
-            offsets = offsets + (at,)
-            y = skip * u
-            if ACCUMULATE:
-                y += tl.load(y_base + at * stride_y + d, mask=inside, other=0.0).to(ACC)
-            sums = sums + (y,)
-            pos, q = _advance(pos, q, run, step, jump, t + j + 1 < t1)
+    last = tl.minimum(count, GROUP) - 1
+    rows, offsets, maps = _load_group(
+        row_base,
+        bases,
+        position,
+        within,
+        last,
+        run,
+        step,
+        hop,
+        stride,
+        inside,
+        K * WIDTH,
+        WORDS,
+        MAPS,
+        GROUP,
+        BLOCKS,
+        LANES,
+        FULL,
+        SHORT,
+        INDEX,
+    )
+    remaining = count
+    position, within, next_last, remaining = _next_group(
+        position, within, last, remaining, run, step, hop, False, GROUP, SHORT
+    )
+    next_rows, next_offsets, next_maps = _load_group(
+        row_base,
+        bases,
+        position,
+        within,
+        next_last,
+        run,
+        step,
+        hop,
+        stride,
+        inside,
+        K * WIDTH,
+        WORDS,
+        MAPS,
+        GROUP,
+        BLOCKS,
+        LANES,
+        FULL,
+        SHORT,
+        INDEX,
+    )
+    for i in range(groups):
+        if SAVED == GROUP:
+            _save(carries_base, states, channels, inside, N, BLOCKS, LANES)
+            carries_base += N * channels
+        elif SAVED > 0:
+            if (i * GROUP) % SAVED == 0:
+                _save(carries_base, states, channels, inside, N, BLOCKS, LANES)
+                carries_base += N * channels
+        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
         outputs = ()
-        for j in tl.static_range(UNROLL):
-            weights_row = proj_base + offsets[j] * (K * WIDTH) + LOW
-            drive = steps[j] * us[j]
-            y = sums[j]
-            following = ()
+        for j in tl.static_range(GROUP):
+            steps, _slopes = _step_sizes(
+                rows,
+                maps,
+                weights,
+                biases,
+                j,
+                GROUP * BLOCKS,
+                R,
+                SOFTPLUS,
+                SCALE,
+                BLOCKS,
+                WORDS,
+                PACK,
+                LANES,
+                TYPE,
+                ACC,
+                FAST,
+            )
+            drives = ()
+            ys = ()
+            for g in tl.static_range(BLOCKS):
+                u = maps[j * BLOCKS + g].to(ACC)
+                drives = drives + (steps[g] * u,)
+                y = skips[g] * u
+                if ACCUMULATE:
+                    y += maps[SUMS + j * BLOCKS + g].to(ACC)
+                ys = ys + (y,)
+            new_states = ()
             for n in tl.static_range(N):
-                b = tl.load(weights_row + n).to(ACC)
-                state = tl.exp2(steps[j] * rates[n]) * states[n] + drive * b
-                if OUTPUT:
-                    y += state * tl.load(weights_row + N + n).to(ACC)
-                following = following + (state,)
-            states = following
-            outputs = outputs + (y,)
-        if OUTPUT:
-            for j in tl.static_range(UNROLL):
-                tl.store(
-                    y_base + offsets[j] * stride_y + d,
-                    outputs[j].to(y_ptr.dtype.element_ty),
-                    mask=inside & (t + j < t1),
-                )
+                b = _element(rows, j, R + n, WORDS, PACK, LANES, TYPE, ACC)
+                factor = _element(rows, j, R + N + n, WORDS, PACK, LANES, TYPE, ACC)
+                new_ys = ()
+                for g in tl.static_range(BLOCKS):
+                    decay = tl.exp2(steps[g] * (rates[g * N + n] * _LOG2E))
+                    state = decay * states[n * BLOCKS + g] + drives[g] * b
+                    new_states = new_states + (state,)
+                    new_ys = new_ys + (ys[g] + state * factor,)
+                ys = new_ys
+            states = new_states
+            outputs = outputs + ys
+        for j in tl.static_range(GROUP):
+            for g in tl.static_range(BLOCKS):
+                place = _pick(offsets, j, LANES) + g * LANES
+                _write(y_base + place, outputs[j * BLOCKS + g], lane_last >= j, inside[g], FULL)
+        offsets = next_offsets
+        rows = next_rows
+        maps = next_maps
+        last = next_last
+        position, within, next_last, remaining = _next_group(
+            position, within, next_last, remaining, run, step, hop, False, GROUP, SHORT
+        )
+        next_rows, next_offsets, next_maps = _load_group(
+            row_base,
+            bases,
+            position,
+            within,
+            next_last,
+            run,
+            step,
+            hop,
+            stride,
+            inside,
+            K * WIDTH,
+            WORDS,
+            MAPS,
+            GROUP,
+            BLOCKS,
+            LANES,
+            FULL,
+            SHORT,
+            INDEX,
+        )
 
 
 @triton.jit
-def _interval_backward(
-    proj_base,
-    grad_base,
-    offsets,
-    us,
-    grads,
-    steps,
-    through_drive,
-    through_rate,
+def _halve(values, COUNT: tl.constexpr, BIT: tl.constexpr, LANES: tl.constexpr):
+    """Half as many values, each the sum of two lanes: those with BIT hold the odd ones."""
+    lanes = tl.arange(0, LANES)
+    upper = (lanes & BIT) != 0
+    halved = ()
+    for i in tl.static_range(COUNT // 2):
+        even = values[2 * i]
+        odd = values[2 * i + 1]
+        other = tl.gather(tl.where(upper, even, odd), lanes ^ BIT, 0)
+        halved = halved + (tl.where(upper, odd, even) + other,)
+    return halved
+
+
+@triton.jit
+def _sums_over_lanes(values, LANES: tl.constexpr):
+    """Sums of 16 values over the lanes: lane i has that of value i % 16.
+
+    In a fixed order, with one exchange a value where sums one by one take log2(LANES).
+    """
+    values = _halve(values, 16, 1, LANES)
+    values = _halve(values, 8, 2, LANES)
+    values = _halve(values, 4, 4, LANES)
+    total = _halve(values, 2, 8, LANES)[0]
+    lanes = tl.arange(0, LANES)
+    total += tl.gather(total, lanes ^ 16, 0)
+    if LANES == 64:
+        total += tl.gather(total, lanes ^ 32, 0)
+    return total
+
+
+@triton.jit
+def _load_state(carries_ptr, index, channels, inside):
+    """The one state that was saved before group ``index``, or before the first group."""
+    row = carries_ptr + tl.maximum(index, 0).to(tl.int64) * channels
+    return tl.load(row, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_factors(
+    row_ptr,
+    position,
+    within,
+    last,
+    n,
+    run,
+    step,
+    hop,
+    ROW: tl.constexpr,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """B and C of state n at a group's positions: B of position j in lane 2j, C in the next."""
+    lanes = tl.arange(0, LANES)
+    at = _at(position, within, tl.minimum(last, lanes // 2), run, step, hop, SHORT)
+    return tl.load(row_ptr + at.to(INDEX) * ROW + (lanes & 1) * N + n)
+
+
+@triton.jit
+def _find_states(
+    carries_ptr,
+    scratch_ptr,
+    row_ptr,
+    factor_ptr,
+    a_ptr,
+    pointers,
+    states,
+    groups,
+    position,
+    within,
+    run,
+    step,
+    hop,
+    stride,
+    channels,
+    inside,
+    weights,
+    biases,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROW: tl.constexpr,
+    WORDS: tl.constexpr,
+    MAPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Store the states that enter ``groups`` groups and one more, from those of ``carries_ptr``."""
+    AHEAD: tl.constexpr = 4
+    entered = ()
+    for m in tl.static_range(N):
+        entered = entered + (tl.load(carries_ptr + m * channels, mask=inside[0], other=0.0),)
+    for m in tl.static_range(N):
+        tl.store(scratch_ptr + m * LANES, entered[m])
+    for i in range(groups):
+        rows, _offsets, maps = _load_group(
+            row_ptr,
+            pointers,
+            position,
+            within,
+            GROUP - 1,
+            run,
+            step,
+            hop,
+            stride,
+            inside,
+            ROW,
+            WORDS,
+            MAPS,
+            GROUP,
+            1,
+            LANES,
+            FULL,
+            SHORT,
+            INDEX,
+        )
+        steps = ()
+        drives = ()
+        for j in tl.static_range(GROUP):
+            dts, _slopes = _step_sizes(
+                rows,
+                maps,
+                weights,
+                biases,
+                j,
+                GROUP,
+                R,
+                SOFTPLUS,
+                SCALE,
+                1,
+                WORDS,
+                PACK,
+                LANES,
+                TYPE,
+                ACC,
+                FAST,
+            )
+            steps = steps + (dts[0] * _LOG2E,)
+            drives = drives + (dts[0] * maps[j].to(ACC),)
+        # What a state needs is asked for AHEAD states before: one takes less time than memory.
+        here = scratch_ptr + i * (N * LANES)
+        queue = ()
+        rates = ()
+        factors = ()
+        for m in tl.static_range(AHEAD):
+            following = tl.minimum(m, N - 1)
+            queue = queue + (tl.load(here + following * LANES),)
+            rates = rates + (tl.load(a_ptr + following, mask=inside[0], other=0.0),)
+            factors = factors + (
+                _load_factors(
+                    factor_ptr,
+                    position,
+                    within,
+                    GROUP - 1,
+                    following,
+                    run,
+                    step,
+                    hop,
+                    ROW * PACK,
+                    N,
+                    LANES,
+                    SHORT,
+                    INDEX,
+                ),
+            )
+        # Not range(N), which a compiler would unroll.
+        for n in range(states):
+            ahead = tl.minimum(n + AHEAD, N - 1)
+            next_state = tl.load(here + ahead * LANES)
+            next_rate = tl.load(a_ptr + ahead, mask=inside[0], other=0.0)
+            next_factors = _load_factors(
+                factor_ptr,
+                position,
+                within,
+                GROUP - 1,
+                ahead,
+                run,
+                step,
+                hop,
+                ROW * PACK,
+                N,
+                LANES,
+                SHORT,
+                INDEX,
+            )
+            state = queue[0]
+            rate = rates[0].to(ACC)
+            for j in tl.static_range(GROUP):
+                b = _pick(factors[0], 2 * j, LANES).to(ACC)
+                state = tl.exp2(steps[j] * rate) * state + drives[j] * b
+            tl.store(here + (N + n) * LANES, state)
+            queue = (queue[1], queue[2], queue[3], next_state)
+            rates = (rates[1], rates[2], rates[3], next_rate)
+            factors = (factors[1], factors[2], factors[3], next_factors)
+        position, within = _ahead(position, within, run, step, hop, GROUP, SHORT)
+
+
+@triton.jit
+def _adjoint(
     state,
     incoming,
+    rate_sum,
     rate,
-    n,
-    count,
-    N: tl.constexpr,
-    LOW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    STRIDE_GRAD: tl.constexpr,
-    INTERVAL: tl.constexpr,
-    ACC: tl.constexpr,
+    bs,
+    cs,
+    steps,
+    drives,
+    grads,
+    through_drive,
+    through_rate,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Adjoint of one state over one interval.
+    """Adjoint of one state over a group.
 
-    Writes the sums over the block's channels that make up the gradients of B and C. Returns the
-    gradient that leaves the interval at its start, the sum for the gradient of A, and
-    ``through_drive`` and ``through_rate`` with this state's share added: B g and the gradient of
-    the step sizes through the decays, at every position.
+    Returns the gradient that leaves the group at its start, the sum for the gradient of A, the sums
+    over channels that are those of B and C, and ``through_drive`` and ``through_rate`` with this
+    state's share: B g, and the gradient of the step sizes through the decays.
     """
-    before = ()
+    entered = ()
     decays = ()
-    for j in tl.static_range(INTERVAL):
-        before = before + (state,)
+    of_c = ()
+    for j in tl.static_range(GROUP):
         decay = tl.exp2(steps[j] * (rate * _LOG2E))
+        entered = entered + (state,)
         decays = decays + (decay,)
-        b = tl.load(proj_base + offsets[j] * STRIDE + LOW + n).to(ACC)
-        state = decay * state + steps[j] * us[j] * b
-        tl.store(
-            grad_base + offsets[j] * STRIDE_GRAD + N + n,
-            tl.sum(grads[j] * state, 0),
-            mask=j < count,
-        )
-    rate_sum = tl.zeros(rate.shape, ACC)
+        state = decay * state + drives[j] * bs[j]
+        of_c = of_c + (grads[j] * state,)
+    sums = ()
     drive_shares = ()
     rate_shares = ()
-    for j in tl.static_range(INTERVAL - 1, -1, -1):
-        row = proj_base + offsets[j] * STRIDE + LOW + n
-        adjoint = tl.load(row + N).to(ACC) * grads[j] + incoming
+    for j in tl.static_range(GROUP - 1, -1, -1):
+        adjoint = cs[j] * grads[j] + incoming
         incoming = decays[j] * adjoint
-        through = incoming * before[j]
+        through = incoming * entered[j]
         rate_sum += steps[j] * through
+        drive_shares = (through_drive[j] + bs[j] * adjoint,) + drive_shares
         rate_shares = (through_rate[j] + rate * through,) + rate_shares
-        drive_shares = (through_drive[j] + tl.load(row).to(ACC) * adjoint,) + drive_shares
-        tl.store(
-            grad_base + offsets[j] * STRIDE_GRAD + n,
-            tl.sum(adjoint * (steps[j] * us[j]), 0),
-            mask=j < count,
-        )
-    return incoming, rate_sum, drive_shares, rate_shares
+        sums = (adjoint * drives[j], of_c[j]) + sums
+    return incoming, rate_sum, _sums_over_lanes(sums, LANES), drive_shares, rate_shares
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -480,11 +1182,13 @@ def selective_scan_bwd_kernel(
     u_ptr,
     delta_ptr,
     proj_ptr,
+    factors_ptr,
     weight_ptr,
     bias_ptr,
     a_ptr,
     skip_ptr,
     carries_ptr,
+    scratch_ptr,
     grad_y_ptr,
     entering_ptr,
     grad_u_ptr,
@@ -503,11 +1207,10 @@ def selective_scan_bwd_kernel(
     blocks,
     first,
     wave,
-    stride_u,
+    states,
+    stride,
     stride_u_k,
-    stride_delta,
     stride_delta_k,
-    stride_y,
     stride_y_k,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -515,168 +1218,373 @@ def selective_scan_bwd_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    INTERVAL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    SAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FULL: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
-    FAST_LOG: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """Gradients of one chunk, or of a whole path, from its last interval to its first.
+    """Gradients of one chunk, or of a whole path, from its last group of 8 positions to its first.
 
-    ``entering_ptr`` has the gradients that enter the chunks from behind, and with more than one
-    state is where they are kept between intervals. The gradients of B and C are sums over this
-    program's channels, those of A and the skip weights sums over its positions.
+    ``entering_ptr`` has the gradients that enter the chunks from behind. The gradients of B and C
+    are sums over this program's channels, those of A and the skip weights sums over its positions.
+
+    One state stays in registers, as do its gradient and sums. Several take turns in every group;
+    what they have is in ``scratch_ptr``, small enough for the caches. The forward pass saved them
+    at every SAVED positions: the program finds those between when it comes to the last of SAVED.
     """
+    SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
+    WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
+    # With several states B and C are read state by state.
+    COLUMNS: tl.constexpr = R + 2 if N == 1 else R
+    WORDS: tl.constexpr = COLUMNS // PACK if COLUMNS > 0 else 1
+    GRADS: tl.constexpr = GROUP * (2 if R == 0 else 1)
+    PARTS: tl.constexpr = GRADS + GROUP
+    FORWARD: tl.constexpr = 1 + (R == 0)
+    MAPS: tl.constexpr = 1 + FORWARD + ACCUMULATE
+    RATIO: tl.constexpr = SAVED // GROUP
     block, k, c, s = _program(blocks, wave, first, chunks)
-    base, run, step = _sequence(s, k, height, width, lines, length, COLUMN)
-    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < channels
-    weights, bias = _direction(weight_ptr, bias_ptr, k, d, inside, channels, R, HAS_BIAS, ACC)
-    skip = tl.zeros((BLOCK_D,), ACC)
-    if HAS_SKIP:
-        skip = tl.load(skip_ptr + k * channels + d, mask=inside, other=0.0).to(ACC)
-
-    WIDTH: tl.constexpr = LOW + 2 * N
+    t0 = c * chunk
+    count = tl.minimum(chunk, length - t0)
+    groups = (count + GROUP - 1) // GROUP
+    base, position, within, run, step, hop = _path(
+        s, k, t0 + (groups - 1) * GROUP, height, width, lines, length, COLUMN, REVERSE
+    )
+    lanes = tl.arange(0, LANES)
+    d = block * LANES + lanes
+    insides, weights, biases, rates, skips = _parameters(
+        weight_ptr,
+        bias_ptr,
+        a_ptr,
+        skip_ptr,
+        k,
+        d,
+        channels,
+        N,
+        1,
+        R,
+        HAS_BIAS,
+        HAS_SKIP,
+        SCALE,
+        BLOCKS,
+        LANES,
+        ACC,
+    )
+    inside = insides[0]
+    skip = skips[0]
     path = s.to(tl.int64) * K + k
     k64 = k.to(tl.int64)
-    u_base = u_ptr + base * stride_u + k64 * stride_u_k
-    grad_y_base = grad_y_ptr + base * stride_u + k64 * stride_u_k
-    delta_base = delta_ptr + base * stride_delta + k64 * stride_delta_k
-    grad_raw_base = grad_raw_ptr + base * stride_delta + k64 * stride_delta_k
-    proj_base = proj_ptr + base * (K * WIDTH) + k * WIDTH
-    grad_proj_base = grad_proj_ptr + ((block.to(tl.int64) * positions + base) * K + k) * (2 * N)
-    grad_u_base = grad_u_ptr + base * stride_y + (k64 - first) * stride_y_k
-    carries_base = carries_ptr + path * ((length + INTERVAL - 1) // INTERVAL) * N * channels
-    entering_base = entering_ptr + (path * chunks + c) * N * channels
+    grad_u_base = grad_u_ptr + base * stride + (k64 - first) * stride_y_k + d
+    grad_raw_base = grad_raw_ptr + base * stride + k64 * stride_delta_k + d
+    sweep_bases = (u_ptr + base * stride + k64 * stride_u_k + d,)
+    if R == 0:
+        sweep_bases = sweep_bases + (delta_ptr + base * stride + k64 * stride_delta_k + d,)
+    bases = sweep_bases + (grad_y_ptr + base * stride + k64 * stride_u_k + d,)
+    if ACCUMULATE:
+        bases = bases + (grad_u_base,)
+    row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
+    # Lane i writes the sums of position i // 2: of B if it is even, of C if it is odd.
+    grad_proj_base = (
+        grad_proj_ptr
+        + ((block.to(tl.int64) * positions + base) * K + k) * (2 * N)
+        + (lanes & 1) * N
+    )
+    carries_base = carries_ptr + path * ((length + SAVED - 1) // SAVED) * (N * channels)
+    carries_base += (t0 // SAVED).to(tl.int64) * (N * channels) + d
+    scratch_base = scratch_ptr + tl.program_id(0).to(tl.int64) * ((RATIO + 2) * N * LANES) + lanes
     # One row per sequence and chunk, so that one reduction over rows finishes the sums.
     sums = (s.to(tl.int64) * chunks + c) * K + k
-    grad_a_base = grad_a_ptr + sums * N * channels
 
-    rate = tl.zeros((BLOCK_D,), ACC)
-    incoming = tl.zeros((BLOCK_D,), ACC)
-    grad_a = tl.zeros((BLOCK_D,), ACC)
-    grad_skip = tl.zeros((BLOCK_D,), ACC)
+    entering_row = entering_ptr + (path * chunks + c) * N * channels + d
+    # Nothing enters the last chunk from behind.
+    enters = inside & (c + 1 < chunks)
+    incoming = tl.zeros((LANES,), ACC)
+    grad_a = tl.zeros((LANES,), ACC)
+    rate_row = a_ptr + (k * channels + d) * N
+    factor_base = factors_ptr + base * (K * (LOW + 2 * N)) + k * (LOW + 2 * N) + LOW
+    incoming_base = scratch_base + RATIO * N * LANES
+    grad_a_base = incoming_base + N * LANES
     if N == 1:
-        rate = tl.load(a_ptr + k * channels + d, mask=inside, other=0.0).to(ACC)
-        incoming = tl.load(entering_base + d, mask=inside, other=0.0)
+        incoming = tl.load(entering_row, mask=enters, other=0.0).to(ACC)
+    else:
+        for n in range(N):
+            entered = tl.load(entering_row + n * channels, mask=enters, other=0.0).to(ACC)
+            tl.store(incoming_base + n * LANES, entered)
+            tl.store(grad_a_base + n * LANES, tl.zeros((LANES,), ACC))
+    grad_skip = tl.zeros((LANES,), ACC)
 
-    t0 = c * chunk
-    t1 = tl.minimum(t0 + chunk, length)
-    intervals = (t1 - t0 + INTERVAL - 1) // INTERVAL
-    for i in range(intervals):
-        t = t0 + (intervals - 1 - i) * INTERVAL
-        pos, q, stride, jump = _start(t, k, run, step, length, REVERSE, False)
+    last = count - (groups - 1) * GROUP - 1
+    rows, offsets, maps = _load_group(
+        row_base,
+        bases,
+        position,
+        within,
+        last,
+        run,
+        step,
+        hop,
+        stride,
+        insides,
+        K * WIDTH,
+        WORDS,
+        MAPS,
+        GROUP,
+        BLOCKS,
+        LANES,
+        FULL,
+        SHORT,
+        INDEX,
+    )
+    next_position, next_within, next_last, remaining = _next_group(
+        position, within, last, groups * GROUP, run, step, hop, True, GROUP, SHORT
+    )
+    next_rows = _load_rows(
+        row_base,
+        next_position,
+        next_within,
+        next_last,
+        run,
+        step,
+        hop,
+        K * WIDTH,
+        WORDS,
+        GROUP,
+        LANES,
+        SHORT,
+        INDEX,
+    )
+    if RATIO == 1:
+        saved = _load_state(carries_base, groups - 1, channels, inside)
+        next_saved = _load_state(carries_base, groups - 2, channels, inside)
+    for i in range(groups):
+        index = groups - 1 - i
+        if RATIO > 1:
+            if (i == 0) | (index % RATIO == RATIO - 1):
+                segment = index // RATIO
+                _start, sweep_position, sweep_within, _run, _step, _hop = _path(
+                    s, k, t0 + segment * SAVED, height, width, lines, length, COLUMN, REVERSE
+                )
+                _find_states(
+                    carries_base + segment.to(tl.int64) * (N * channels),
+                    scratch_base,
+                    row_base,
+                    factor_base,
+                    rate_row,
+                    sweep_bases,
+                    states,
+                    index - segment * RATIO,
+                    sweep_position,
+                    sweep_within,
+                    run,
+                    step,
+                    hop,
+                    stride,
+                    channels,
+                    insides,
+                    weights,
+                    biases,
+                    N,
+                    R,
+                    SOFTPLUS,
+                    SCALE,
+                    K * WIDTH,
+                    WORDS,
+                    FORWARD,
+                    GROUP,
+                    LANES,
+                    FULL,
+                    SHORT,
+                    PACK,
+                    TYPE,
+                    ACC,
+                    INDEX,
+                    FAST,
+                )
+        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
         us = ()
         grads = ()
         steps = ()
         slopes = ()
-        offsets = ()
+        drives = ()
         through_drive = ()
         through_rate = ()
-        for j in tl.static_range(INTERVAL):
-            at = pos.to(INDEX)
-            exists = t + j < t1
-            u = tl.load(u_base + at * stride_u + d, mask=inside, other=0.0).to(ACC)
-            grad = tl.load(grad_y_base + at * stride_u + d, mask=inside & exists, other=0.0).to(ACC)
-            z = _raw_step(
-                delta_base + at * stride_delta,
-                proj_base + at * (K * WIDTH),
+        for j in tl.static_range(GROUP):
+            dts, dt_slopes = _step_sizes(
+                rows,
+                maps,
                 weights,
-                bias,
-                d,
-                inside,
+                biases,
+                j,
+                GROUP,
                 R,
+                SOFTPLUS,
+                SCALE,
+                BLOCKS,
+                WORDS,
+                PACK,
+                LANES,
+                TYPE,
                 ACC,
+                FAST,
             )
-            dt, slope = _softplus(z, SOFTPLUS, ACC, FAST_LOG)
+            exists = lane_last >= j
+            dt = tl.where(exists, dts[0], 0.0)
+            u = maps[j].to(ACC)
+            grad = tl.where(exists, maps[GRADS + j].to(ACC), 0.0)
             us = us + (u,)
             grads = grads + (grad,)
-            steps = steps + (tl.where(exists, dt, 0.0),)
-            slopes = slopes + (slope,)
-            offsets = offsets + (at,)
-            through_drive = through_drive + (tl.zeros((BLOCK_D,), ACC),)
-            through_rate = through_rate + (tl.zeros((BLOCK_D,), ACC),)
+            steps = steps + (dt,)
+            slopes = slopes + (dt_slopes[0],)
+            drives = drives + (dt * u,)
+            through_drive = through_drive + (tl.zeros((LANES,), ACC),)
+            through_rate = through_rate + (tl.zeros((LANES,), ACC),)
             grad_skip += u * grad
-            pos, q = _advance(pos, q, run, stride, jump, t + j + 1 < t1)
-        carries_row = carries_base + tl.cast(t // INTERVAL, tl.int64) * (N * channels)
+        lane_at = _at(position, within, tl.minimum(last, lanes // 2), run, step, hop, SHORT)
+        lane_ptr = grad_proj_base + lane_at.to(INDEX) * (K * 2 * N)
+        lane_mask = lanes // 2 <= last
         if N == 1:
-            state = tl.load(carries_row + d, mask=inside, other=0.0)
-            incoming, share, through_drive, through_rate = _interval_backward(
-                proj_base,
-                grad_proj_base,
-                offsets,
-                us,
-                grads,
+            bs = ()
+            cs = ()
+            for j in tl.static_range(GROUP):
+                bs = bs + (_element(rows, j, R, WORDS, PACK, LANES, TYPE, ACC),)
+                cs = cs + (_element(rows, j, R + 1, WORDS, PACK, LANES, TYPE, ACC),)
+            incoming, grad_a, of_factors, through_drive, through_rate = _adjoint(
+                saved,
+                incoming,
+                grad_a,
+                rates[0],
+                bs,
+                cs,
                 steps,
+                drives,
+                grads,
                 through_drive,
                 through_rate,
-                state,
-                incoming,
-                rate,
-                0,
-                t1 - t,
-                N,
-                LOW,
-                K * WIDTH,
-                K * 2 * N,
-                INTERVAL,
-                ACC,
+                GROUP,
+                LANES,
             )
-            grad_a += share
+            tl.store(lane_ptr, of_factors, mask=lane_mask)
         else:
-            for n in range(N):
-                row = n * channels + d
-                state = tl.load(carries_row + row, mask=inside, other=0.0)
-                rate_n = tl.load(a_ptr + (k * channels + d) * N + n, mask=inside, other=0.0).to(ACC)
-                incoming_n = tl.load(entering_base + row, mask=inside, other=0.0)
-                grad_n = tl.load(grad_a_base + row, mask=inside, other=0.0)
-                incoming_n, share, through_drive, through_rate = _interval_backward(
-                    proj_base,
-                    grad_proj_base,
-                    offsets,
-                    us,
-                    grads,
+            here = scratch_base + (index % RATIO) * (N * LANES)
+            state = tl.load(here)
+            left = tl.load(incoming_base)
+            rate_sum = tl.load(grad_a_base)
+            rate = tl.load(rate_row, mask=inside, other=0.0)
+            factors = _load_factors(
+                factor_base,
+                position,
+                within,
+                last,
+                0,
+                run,
+                step,
+                hop,
+                K * (LOW + 2 * N),
+                N,
+                LANES,
+                SHORT,
+                INDEX,
+            )
+            for n in range(states):
+                following = tl.minimum(n + 1, N - 1)
+                next_state = tl.load(here + following * LANES)
+                next_left = tl.load(incoming_base + following * LANES)
+                next_rate_sum = tl.load(grad_a_base + following * LANES)
+                next_rate = tl.load(rate_row + following, mask=inside, other=0.0)
+                next_factors = _load_factors(
+                    factor_base,
+                    position,
+                    within,
+                    last,
+                    following,
+                    run,
+                    step,
+                    hop,
+                    K * (LOW + 2 * N),
+                    N,
+                    LANES,
+                    SHORT,
+                    INDEX,
+                )
+                bs = ()
+                cs = ()
+                for j in tl.static_range(GROUP):
+                    bs = bs + (_pick(factors, 2 * j, LANES).to(ACC),)
+                    cs = cs + (_pick(factors, 2 * j + 1, LANES).to(ACC),)
+                left, rate_sum, of_factors, through_drive, through_rate = _adjoint(
+                    state,
+                    left,
+                    rate_sum,
+                    rate.to(ACC),
+                    bs,
+                    cs,
                     steps,
+                    drives,
+                    grads,
                     through_drive,
                     through_rate,
-                    state,
-                    incoming_n,
-                    rate_n,
-                    n,
-                    t1 - t,
-                    N,
-                    LOW,
-                    K * WIDTH,
-                    K * 2 * N,
-                    INTERVAL,
-                    ACC,
+                    GROUP,
+                    LANES,
                 )
-                tl.store(entering_base + row, incoming_n, mask=inside)
-                tl.store(grad_a_base + row, grad_n + share, mask=inside)
-        for j in tl.static_range(INTERVAL):
-            mask = inside & (t + j < t1)
+                tl.store(lane_ptr + n, of_factors, mask=lane_mask)
+                tl.store(incoming_base + n * LANES, left)
+                tl.store(grad_a_base + n * LANES, rate_sum)
+                state = next_state
+                left = next_left
+                rate_sum = next_rate_sum
+                rate = next_rate
+                factors = next_factors
+        for j in tl.static_range(GROUP):
+            place = _pick(offsets, j, LANES)
             grad_u = skip * grads[j] + steps[j] * through_drive[j]
-            if ACCUMULATE:
-                grad_u += tl.load(grad_u_base + offsets[j] * stride_y + d, mask=mask, other=0.0).to(
-                    ACC
-                )
             grad_raw = (us[j] * through_drive[j] + through_rate[j]) * slopes[j]
-            tl.store(
-                grad_u_base + offsets[j] * stride_y + d,
-                grad_u.to(grad_u_ptr.dtype.element_ty),
-                mask=mask,
-            )
-            tl.store(
-                grad_raw_base + offsets[j] * stride_delta + d,
-                grad_raw.to(grad_raw_ptr.dtype.element_ty),
-                mask=mask,
-            )
-    if N == 1:
-        tl.store(grad_a_base + d, grad_a, mask=inside)
+            if ACCUMULATE:
+                grad_u += maps[PARTS + j].to(ACC)
+            _write(grad_u_base + place, grad_u, lane_last >= j, inside, FULL)
+            _write(grad_raw_base + place, grad_raw, lane_last >= j, inside, FULL)
+        position = next_position
+        within = next_within
+        last = next_last
+        rows = next_rows
+        offsets = _group_offsets(
+            position, within, last, run, step, hop, stride, LANES, SHORT, INDEX
+        )
+        maps = _load_maps(bases, offsets, insides, MAPS, GROUP, BLOCKS, LANES, FULL)
+        next_position, next_within, next_last, remaining = _next_group(
+            position, within, last, remaining, run, step, hop, True, GROUP, SHORT
+        )
+        next_rows = _load_rows(
+            row_base,
+            next_position,
+            next_within,
+            next_last,
+            run,
+            step,
+            hop,
+            K * WIDTH,
+            WORDS,
+            GROUP,
+            LANES,
+            SHORT,
+            INDEX,
+        )
+        if RATIO == 1:
+            saved = next_saved
+            next_saved = _load_state(carries_base, index - 2, channels, inside)
+    for n in range(N):
+        if N > 1:
+            grad_a = tl.load(grad_a_base + n * LANES)
+        tl.store(grad_a_ptr + (sums * N + n) * channels + d, grad_a, mask=inside)
     if HAS_SKIP:
         tl.store(grad_skip_ptr + sums * channels + d, grad_skip, mask=inside)
 

@@ -50,9 +50,48 @@ def can_run(problem: Problem) -> str | None:
     return None
 
 
+@functools.cache
+def _refuse_to_compile_in_capture() -> None:
+    """Let kernels of this package that a CUDA graph's capture would compile be refused.
+
+    To compile takes seconds, and loads code, which a capture forbids with a message that says
+    nothing of kernels.
+    """
+    import triton
+
+    # Until Triton 3.4 it is an attribute of all functions.
+    knobs = getattr(triton, "knobs", None)
+    owner, name = (
+        (triton.JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
+    )
+    before = getattr(owner, name)
+
+    def hook(*args, **details):
+        if details["fn"].module.startswith("mmvmamba_kernels.") and (
+            torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                f"{details['fn'].name} is not compiled yet for these arguments, and a CUDA graph "
+                "is being captured: run the model once on inputs of the same shapes and dtypes "
+                "before the capture"
+            )
+        return before(*args, **details) if before else False
+
+    setattr(owner, name, hook)
+
+
+def lanes(device: torch.device) -> int:
+    """Lanes of a warp: 64 on AMD's data-centre GPUs, else 32."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """A context in which kernels are launched on the tensor's device."""
     if tensor.device.type in DEVICES:
+        if tensor.is_cuda:
+            _refuse_to_compile_in_capture()
         return torch.get_device_module(tensor.device).device(tensor.device)
     return nullcontext()
 

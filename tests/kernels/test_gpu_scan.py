@@ -1,0 +1,61 @@
+"""What GPU backends of the 2D scan share beside their kernels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmvmamba_kernels.backends import gpu_scan
+from mmvmamba_kernels.backends.triton import support
+
+
+@pytest.mark.parametrize("positions", [3, 8, 11])
+def test_sums_over_positions_are_added_in_parts(positions, monkeypatch):
+    monkeypatch.setattr(gpu_scan, "_PART", 4)
+    a = torch.randn(2, positions, 3, dtype=torch.float64)
+    b = torch.randn(2, positions, 5, dtype=torch.float64)
+    found = gpu_scan.sum_of_products(a, b, torch.float64)
+    torch.testing.assert_close(found, a.mT @ b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_products_of_step_sizes_are_exact_whatever_is_allowed(allowed, monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    seen = []
+    product = torch.bmm
+
+    def bmm(*args, **options):
+        seen.append(matmul.allow_tf32)
+        return product(*args, **options)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    proj, weight = torch.randn(1, 2, 3, 2, 4), torch.randn(2, 5, 2)
+    raw = gpu_scan.raw_step_sizes(proj, weight, torch.float32)
+    factors = torch.randn(2, 6, 2)
+    gpu_scan.low_rank_gradients(raw, factors, proj, weight, torch.float32)
+    after, matmul.allow_tf32 = matmul.allow_tf32, before
+    assert seen == [False] * 3
+    assert after == allowed
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_kernels_are_not_compiled_in_a_capture(capturing, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs", reason="Triton before 3.4 keeps its hook elsewhere")
+    called = []
+    with knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = lambda **details: called.append(details)
+        support._refuse_to_compile_in_capture.__wrapped__()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        hook = knobs.runtime.jit_cache_hook
+        others = SimpleNamespace(module="somebody.else", name="kernel")
+        ours = SimpleNamespace(module="mmvmamba_kernels.backends.triton.scan_kernels", name="walk")
+        hook(fn=others)
+        if capturing:
+            with pytest.raises(
+                RuntimeError, match="walk is not compiled yet .* before the capture"
+            ):
+                hook(fn=ours)
+        else:
+            hook(fn=ours)
+        assert [details["fn"] for details in called] == [others] + [ours] * (not capturing)
