@@ -296,6 +296,36 @@ def test_cross_scan_and_merge(scans, one_by_one, x_first, y_first):
     assert torch.equal(back.reshape(y.shape), module.cross_scan_fn(weights, **options))
 
 
+@pytest.mark.parametrize("mode", range(3))
+def test_cross_scans_of_older_copies(mode):
+    module = importlib.import_module("csm_triton")
+    x, maps = torch.randn(2, 5, 2, 3), torch.randn(2, 4, 5, 2, 3)
+    scan, merge = module.getCSM(mode)
+    assert torch.equal(scan.apply(x), module.cross_scan_fn(x, scans=mode))
+    assert torch.equal(merge.apply(maps), module.cross_merge_fn(maps, scans=mode))
+    if mode == 0:
+        last = maps.movedim((1, 2), (3, 4))
+        one_by_one = module.cross_scan_fn(maps, one_by_one=True)
+        assert torch.equal(module.CrossScanTriton.apply(x), scan.apply(x))
+        assert torch.equal(module.CrossScanTritonF.apply(x.movedim(1, 3), False), scan.apply(x))
+        assert torch.equal(module.CrossMergeTriton.apply(maps), merge.apply(maps))
+        assert torch.equal(module.CrossMergeTritonF.apply(maps, False), merge.apply(maps).mT)
+        assert torch.equal(module.CrossScanTriton1b1.apply(maps), one_by_one)
+        assert torch.equal(module.CrossScanTriton1b1F.apply(last, False), one_by_one)
+
+
+def test_a_projects_own_cross_scan_is_replaced_if_asked(stand_in, tmp_path, monkeypatch):
+    package = tmp_path / "derived_models_of_a_project"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "csm_triton.py").write_text("cross_scan_fn = 'own'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"{package.name}.csm_triton"
+    assert importlib.import_module(name).cross_scan_fn == "own"
+    stand_in.install(replace=True)
+    assert callable(importlib.import_module(name).cross_scan_fn)
+
+
 def test_wrong_cross_scans_are_named():
     module = importlib.import_module("csm_triton")
     with pytest.raises(ValueError, match="scans must be one of 0 .cross2d., .*, got 3"):
@@ -375,7 +405,7 @@ def test_an_installed_module_is_left_alone_unless_asked(stand_in, tmp_path, monk
         ("from mamba_ssm import Mamba", "Mamba"),
         ("import mamba_ssm.modules.mamba_simple", "modules"),
         ("from mamba_ssm.ops.selective_scan_interface import bimamba_inner_fn", "bimamba_inner_fn"),
-        ("from csm_triton import getCSM", "getCSM"),
+        ("from csm_triton import triton_cross_scan", "triton_cross_scan"),
     ],
 )
 def test_what_is_not_provided_has_a_name_and_a_reason(statement, name):

@@ -5,12 +5,25 @@ Views and one copy, differentiable; layouts are (batch, C, ...) or (batch, ..., 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mmvmamba_kernels.patterns import PATTERNS, Path
 
-__all__ = ["cross_merge_fn", "cross_scan_fn"]
+__all__ = [
+    "CrossMergeTriton",
+    "CrossMergeTritonF",
+    "CrossScanTriton",
+    "CrossScanTriton1b1",
+    "CrossScanTriton1b1F",
+    "CrossScanTritonF",
+    "cross_merge_fn",
+    "cross_scan_fn",
+    "getCSM",
+]
 
 _PATTERN_OF_SCANS = ("cross2d", "unidi", "bidi")
 
@@ -119,3 +132,26 @@ def _walk_back(sequence: Tensor, path: Path, height: int, width: int) -> Tensor:
     if path.column_major:
         sequence = sequence.unflatten(-1, (width, height)).mT.flatten(-2)
     return sequence
+
+
+class _Applied:
+    """A function that is called with ``apply``, as the autograd functions of older copies are."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.apply = function
+
+
+CrossScanTriton = CrossScanTritonF = _Applied(cross_scan_fn)
+CrossMergeTriton = CrossMergeTritonF = _Applied(cross_merge_fn)
+CrossScanTriton1b1F = _Applied(
+    lambda x, channel_first=True: cross_scan_fn(x, channel_first, one_by_one=True)
+)
+CrossScanTriton1b1 = CrossScanTriton1b1F
+
+
+def getCSM(mode: int = 1) -> tuple[_Applied, _Applied]:  # noqa: N802
+    """Scan and merge of the paths that ``scans`` names in :func:`cross_scan_fn`."""
+    return (
+        _Applied(functools.partial(cross_scan_fn, scans=mode)),
+        _Applied(functools.partial(cross_merge_fn, scans=mode)),
+    )

@@ -27,6 +27,9 @@ MODULES: dict[str, str | None] = {
     "selective_scan_cuda_oflex": "oflex_extension",
 }
 
+# Every project has a copy of this one.
+_COPIED = ".csm_triton"
+
 
 def install(*, replace: bool = False) -> None:
     """Provide the stand-ins to every import from now on.
@@ -34,14 +37,17 @@ def install(*, replace: bool = False) -> None:
     A module that is really installed is left alone, a top-level package with all that is in it.
 
     Args:
-        replace: Take the place of installed modules too, also of those that were imported already.
+        replace: Take the place of installed modules too, also of those that were imported already,
+            and of a project's own ``csm_triton``, in whatever package it is.
     """
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, StandInFinder)]
     sys.meta_path.insert(0, StandInFinder(replace))
     if not replace:
         return
-    for name in [n for n in sys.modules if n.partition(".")[0] in MODULES and not _stands_in(n)]:
-        del sys.modules[name]
+    for name in list(sys.modules):
+        ours = name.partition(".")[0] in MODULES or name.endswith(_COPIED)
+        if ours and not _stands_in(name):
+            del sys.modules[name]
 
 
 class StandInFinder(MetaPathFinder):
@@ -63,6 +69,8 @@ class StandInFinder(MetaPathFinder):
         """
         del path, target
         parent = fullname.rpartition(".")[0]
+        if self._replace and fullname.endswith(_COPIED):
+            return _spec(fullname)
         if parent and not _stands_in(parent):
             return None
         if fullname not in MODULES:
@@ -73,8 +81,7 @@ class StandInFinder(MetaPathFinder):
             return None
         if not parent and not self._replace and self._is_installed(fullname):
             return None
-        # As packages, so that a name missing in `from module import name` is looked for here.
-        return ModuleSpec(fullname, _Loader(), origin=STAND_IN, is_package=True)
+        return _spec(fullname)
 
     def _is_installed(self, name: str) -> bool:
         """Whether another finder has the module; a folder that only has its name does not count."""
@@ -86,6 +93,11 @@ class StandInFinder(MetaPathFinder):
         return False
 
 
+def _spec(name: str) -> ModuleSpec:
+    # As packages, so that a name missing in `from module import name` is looked for here.
+    return ModuleSpec(name, _Loader(), origin=STAND_IN, is_package=True)
+
+
 class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
@@ -94,7 +106,7 @@ class _Loader(Loader):
             raise AttributeError(_refusal(name, attribute))
 
         module.__getattr__ = refuse
-        implementation = MODULES[name]
+        implementation = MODULES[name if name in MODULES else _COPIED[1:]]
         if implementation is None:
             module.__doc__, module.__all__ = f"A package around stand-ins of {STAND_IN}.", []
             return
