@@ -380,6 +380,18 @@ def test_networks_of_other_projects(name, size, monkeypatch):
     assert max(errors(actual, expected).values()) < 1e-11
 
 
+def test_networks_under_autocast():
+    model = importlib.import_module("derived_models").UNet()
+    image = torch.randn(1, 1, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(image)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    # A few roundings of 8 bits, one after another.
+    assert relative_error(out, model(image)) < 2**-4
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
+
+
 def test_an_installed_module_is_left_alone_unless_asked(stand_in, tmp_path, monkeypatch):
     (tmp_path / "selective_scan_cuda_core.py").write_text("fwd = 'real'\n")
     (tmp_path / "mamba_ssm" / "ops").mkdir(parents=True)
@@ -421,6 +433,8 @@ def test_attributes_that_are_not_provided():
     args = arguments()
     with pytest.raises(NotImplementedError, match="no cu_seqlens"):
         interface.selective_scan_fn(**args, cu_seqlens=torch.tensor([0, 21]))
+    with pytest.raises(TypeError, match="A must be float16, .* or float64, got torch.complex64"):
+        interface.selective_scan_fn(**{**args, "A": args["A"].detach().to(torch.complex64)})
     with pytest.raises(ValueError, match=r"B must be .*, got shape \(2,\)"):
         interface.selective_scan_fn(**{**args, "B": torch.zeros(2)})
     values = [args[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
