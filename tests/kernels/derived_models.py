@@ -60,10 +60,10 @@ class SelectiveScanCore(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, grad_out):
         u, delta, A, B, C, D, delta_bias, x = ctx.saved_tensors
         grads = selective_scan_cuda_core.bwd(
-            u, delta, A, B, C, D, delta_bias, dout.contiguous(), x, ctx.delta_softplus, 1
+            u, delta, A, B, C, D, delta_bias, grad_out.contiguous(), x, ctx.delta_softplus, 1
         )
         return (*grads, None)
 

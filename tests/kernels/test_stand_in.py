@@ -82,17 +82,19 @@ def wrapped(extension, form):
             return rest[0] if rest else out
 
         @staticmethod
-        def backward(ctx, dout):
+        def backward(ctx, grad_out):
             *tensors, out, x = ctx.saved_tensors
             if form != "mamba":
                 options = (out, True) if form == "first" else (True, 1)
-                grads = extension.bwd(*tensors, dout, x, *options)
+                grads = extension.bwd(*tensors, grad_out, x, *options)
                 return (*grads[:6], None, grads[6])
             if tensors[6] is None:
-                *grads, bias = extension.bwd(*tensors, dout, x, None, None, True, False)
+                *grads, bias = extension.bwd(*tensors, grad_out, x, None, None, True, False)
                 return (*grads, None, bias)
             buffer = torch.empty_like(tensors[6])
-            *grads, bias, grad_z, out_z = extension.bwd(*tensors, dout, x, out, buffer, True, True)
+            *grads, bias, grad_z, out_z = extension.bwd(
+                *tensors, grad_out, x, out, buffer, True, True
+            )
             assert grad_z is buffer
             assert out_z.shape == out.shape
             return (*grads, grad_z, bias)
@@ -143,12 +145,12 @@ def test_the_extension_for_one_state():
     args["A"] = args["A"].detach().exp().neg().requires_grad_()
     values = [args[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
     out, x = extension.fwd(*values, True, 1)
-    dout = torch.randn_like(out)
-    grads = extension.bwd(*values, dout, x, True, 1)
+    grad_out = torch.randn_like(out)
+    grads = extension.bwd(*values, grad_out, x, True, 1)
     exact = doubled(args)
     layout = {"A": exact["A"][:, None], "B": exact["B"][:, :, None], "C": exact["C"][:, :, None]}
     expected = oracle(**{**exact, **layout})
-    wanted = torch.autograd.grad(expected, list(exact.values()), dout.double())
+    wanted = torch.autograd.grad(expected, list(exact.values()), grad_out.double())
     found = dict(zip(("u", "delta", "A", "B", "C", "D", "delta_bias"), grads, strict=True))
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
     for (name, value), want in zip(exact.items(), wanted, strict=True):
@@ -438,7 +440,7 @@ def test_attributes_that_are_not_provided():
     with pytest.raises(ValueError, match=r"B must be .*, got shape \(2,\)"):
         interface.selective_scan_fn(**{**args, "B": torch.zeros(2)})
     values = [args[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
-    with pytest.raises(TypeError, match="bwd takes .* delta_softplus .a bool., nrows"):
+    with pytest.raises(TypeError, match="bwd takes .* .a bool. and nrows; after x it got int, int"):
         module.bwd(*values, args["u"], None, 1, 1)
 
 

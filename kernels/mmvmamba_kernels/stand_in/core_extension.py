@@ -38,7 +38,7 @@ def bwd(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    dout: Tensor,
+    grad_out: Tensor,
     x: Tensor | None,
     *options: Tensor | int | None,
 ) -> list[Tensor | None]:
@@ -52,7 +52,7 @@ def bwd(
         C: See above.
         D: See above.
         delta_bias: See above.
-        dout: Gradient of the output.
+        grad_out: Gradient of the output.
         x: The saved states.
         options: ``delta_softplus, nrows``; the output and ``delta_softplus`` in the first version.
 
@@ -63,14 +63,15 @@ def bwd(
     softplus = [option for option in options if isinstance(option, bool)]
     if len(softplus) != 1:
         raise TypeError(
-            "bwd takes u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus (a bool), nrows"
+            "bwd takes u, delta, A, B, C, D, delta_bias, grad_out, x, delta_softplus (a bool) and "
+            f"nrows; after x it got {', '.join(type(option).__name__ for option in options)}"
         )
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
 
     def function(**tensors: Tensor | None) -> Tensor:
-        return scan(**tensors, delta_softplus=softplus[0], out_dtype=dout.dtype)
+        return scan(**tensors, delta_softplus=softplus[0], out_dtype=grad_out.dtype)
 
-    return gradients(function, tensors, dout)
+    return gradients(function, tensors, grad_out)
 
 
 def scan_and_states(*arguments: Tensor | bool | torch.dtype | None) -> list[Tensor]:

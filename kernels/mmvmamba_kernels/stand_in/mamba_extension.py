@@ -56,7 +56,7 @@ def bwd(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
-    dout: Tensor,
+    grad_out: Tensor,
     x: Tensor | None,
     out: Tensor | None,
     dz: Tensor | None,
@@ -75,13 +75,13 @@ def bwd(
     outputs = []
 
     def function(z: Tensor | None, **tensors: Tensor | None) -> Tensor:
-        dtype = state_dtype(dout, *(t for t in tensors.values()))
+        dtype = state_dtype(grad_out, *tensors.values())
         y = scan(**tensors, delta_softplus=delta_softplus, out_dtype=dtype)
         outputs.append(y if z is None else gated(y, z))
         return outputs[-1]
 
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": delta_bias}
-    *grads, grad_z = gradients(function, {**tensors, "z": z}, dout)
+    *grads, grad_z = gradients(function, {**tensors, "z": z}, grad_out)
     if z is None:
         return grads
     grads.append(grad_z if dz is None else dz.copy_(grad_z))

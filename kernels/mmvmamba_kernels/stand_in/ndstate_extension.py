@@ -40,12 +40,12 @@ def bwd(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    dout: Tensor,
+    grad_out: Tensor,
     x: Tensor | None,
     *options: int,
 ) -> list[Tensor | None]:
     """The gradients, as those of the extension for several states, in the arguments' layouts."""
     A, B, C = A.unsqueeze(1), B.unsqueeze(2), C.unsqueeze(2)
-    grads = core_extension.bwd(u, delta, A, B, C, D, delta_bias, dout, x, *options)
+    grads = core_extension.bwd(u, delta, A, B, C, D, delta_bias, grad_out, x, *options)
     grad_u, grad_delta, grad_A, grad_B, grad_C, *rest = grads
     return [grad_u, grad_delta, grad_A.squeeze(1), grad_B.squeeze(2), grad_C.squeeze(2), *rest]
