@@ -18,9 +18,10 @@ def _double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def _recurrence(decay: Tensor, drive: Tensor, dim: int) -> Tensor:
-    """The states h_i = decay_i h_(i-1) + drive_i along a dimension, from zero."""
-    state, states = torch.zeros_like(drive.select(dim, 0)), []
+def _recurrence(decay: Tensor, drive: Tensor, dim: int, state: Tensor | None = None) -> Tensor:
+    """The states h_i = decay_i h_(i-1) + drive_i along a dimension, from zero if not given."""
+    state = torch.zeros_like(drive.select(dim, 0)) if state is None else state
+    states = []
     for a, b in zip(decay.unbind(dim), drive.unbind(dim), strict=True):
         state = a * state + b
         states.append(state)
@@ -36,19 +37,24 @@ def selective_scan_oracle(
     D: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-) -> Tensor:
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`mmvmamba_kernels.selective_scan` as a loop over positions, in float64."""
     u, delta, A, B, C, D, delta_bias = _double(u, delta, A, B, C, D, delta_bias)
+    (initial_state,) = _double(initial_state)
     if delta_bias is not None:
         delta = delta + delta_bias[:, None]
     if delta_softplus:
         delta = F.softplus(delta, threshold=20)
+    delta = delta.repeat_interleave(u.shape[1] // delta.shape[1], 1)
     channels = u.shape[1] // B.shape[1]
     B, C = (t.repeat_interleave(channels, 1) for t in (B, C))
     decay = torch.exp(delta[..., None] * A[:, None])
-    states = _recurrence(decay, (delta * u)[..., None] * B.mT, 2)
+    states = _recurrence(decay, (delta * u)[..., None] * B.mT, 2, initial_state)
     out = (states * C.mT).sum(-1)
-    return out if D is None else out + D[:, None] * u
+    out = out if D is None else out + D[:, None] * u
+    return (out, states[:, :, -1]) if return_last_state else out
 
 
 def paths(pattern: str, height: int, width: int) -> list[list[list[tuple[int, int]]]]:

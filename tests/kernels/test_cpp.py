@@ -335,3 +335,15 @@ def test_what_it_cannot_run_is_refused_with_the_reason():
     args = arguments_2d((1, 2, 2, 1, 1, 65))
     with pytest.raises(BackendError, match="at most 64 states per channel, A has 65"):
         scan_2d(**args)
+
+
+def test_initial_and_last_state():
+    args = selective_scan_arguments(2, 2, 17, 2, 67)
+    args["initial_state"] = torch.randn(2, 34, 2, requires_grad=True)
+
+    def joined(function, **tensors):
+        return torch.cat(function(**tensors, return_last_state=True), 2)
+
+    oracle = functools.partial(selective_scan_oracle, delta_softplus=True)
+    functions = (functools.partial(joined, function) for function in (scan, oracle))
+    compare(*functions, args, TOLERANCE[torch.float32])

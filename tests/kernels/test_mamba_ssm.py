@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def any_algorithm():
 
 
 def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorithm):
-    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
 
     def replace(**changes):
         return mamba_ssm.can_run(dataclasses.replace(GPU, **changes))
@@ -155,7 +156,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(monkeypatch, any_algorith
 
 
 def test_it_is_never_chosen_unasked(monkeypatch):
-    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(mamba_ssm.importlib.util, "find_spec", lambda name: ModuleSpec(name, None))
     backends = dispatch._registry["selective_scan"]
     monkeypatch.setattr(
         dispatch,

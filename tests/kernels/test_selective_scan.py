@@ -199,6 +199,9 @@ def test_long_sequence():
         ({"C": torch.zeros(1, 2, 2, 4)}, r"C must be .* = \(1, 2, 2, 5\)"),
         ({"D": torch.zeros(2, 3)}, r"D must be \(K\*D,\) = \(6,\), got shape \(2, 3\)"),
         ({"delta_bias": torch.zeros(3)}, r"delta_bias must be \(K\*D,\) = \(6,\)"),
+        ({"delta": torch.zeros(1, 4, 5)}, r"K\*D = 6 a multiple of G, got shape \(1, 4, 5\)"),
+        ({"delta": torch.zeros(1, 3, 5)}, r"delta_bias must be \(G,\) = \(3,\), got shape \(6,\)"),
+        ({"initial_state": torch.zeros(1, 6, 3)}, r"initial_state must be .* = \(1, 6, 2\)"),
         ({"C": torch.zeros(1, 2, 2, 5, device="meta")}, "C is on meta but u is on cpu"),
     ],
 )
@@ -214,3 +217,60 @@ def test_wrong_dtypes_are_named():
         selective_scan(**args, out_dtype=torch.int32)
     with pytest.raises(TypeError, match="delta must be a tensor, got NoneType"):
         selective_scan(**{**args, "delta": None})
+
+
+def with_states(function, **options):
+    """Output and last state side by side, so that both have a gradient."""
+    return lambda **args: torch.cat(function(**args, return_last_state=True, **options), 2)
+
+
+@pytest.mark.parametrize(("states", "groups"), [(1, 3), (3, 2)], ids=str)
+@pytest.mark.parametrize("softplus", [True, False])
+def test_initial_and_last_state(states, groups, softplus):
+    args = selective_scan_arguments(2, groups, 2, states, 19, dtype=torch.float64)
+    if not softplus:
+        with torch.no_grad():
+            args["delta"].abs_()
+            args["delta_bias"].abs_()
+    args["initial_state"] = torch.randn(
+        2, groups * 2, states, dtype=torch.float64, requires_grad=True
+    )
+    scan, oracle = (
+        with_states(f, delta_softplus=softplus) for f in (selective_scan, selective_scan_oracle)
+    )
+    compare(args, TOLERANCE_64, scan, oracle)
+
+
+def test_a_sequence_in_two_parts():
+    args = selective_scan_arguments(2, 2, 3, 2, 31, dtype=torch.float16)
+    whole, last = softplus_scan(**args, return_last_state=True, out_dtype=torch.float32)
+    assert last.dtype == torch.float32
+    state, parts = None, []
+    for part in (slice(12), slice(12, None)):
+        positions = {n: args[n][..., part] for n in ("u", "delta", "B", "C")}
+        out, state = softplus_scan(
+            **{**args, **positions},
+            initial_state=state,
+            return_last_state=True,
+            out_dtype=torch.float32,
+        )
+        parts.append(out)
+    assert relative_error(torch.cat(parts, 2), whole) < TOLERANCE_32
+    assert relative_error(state, last) < TOLERANCE_32
+    assert softplus_scan(**args, initial_state=last).dtype == torch.float16
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_channels_share_step_sizes(steps):
+    args = selective_scan_arguments(2, 2, 3, 2, 17, dtype=torch.float64)
+    args["delta"] = args["delta"].detach()[:, :steps].requires_grad_()
+    args["delta_bias"] = args["delta_bias"].detach()[:steps].requires_grad_()
+    compare(args, TOLERANCE_64)
+
+
+def test_states_compile_in_one_graph():
+    args = selective_scan_arguments(1, 2, 2, 2, 9)
+    args["initial_state"] = torch.randn(1, 4, 2)
+    function = functools.partial(softplus_scan, return_last_state=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(**args), function(**args)))

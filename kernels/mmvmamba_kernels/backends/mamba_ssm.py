@@ -9,11 +9,14 @@ import torch
 from mmvmamba_kernels.dispatch import Problem
 
 MAX_STATES = 256
+STAND_IN = "mmvmamba_kernels.stand_in"
+"""Origin, in their specifications, of modules that this package puts in the place of others."""
 
 
 def can_run(problem: Problem) -> str | None:
     """None if mamba-ssm's selective scan can run the problem, else the reason why not."""
-    if importlib.util.find_spec("mamba_ssm") is None:
+    spec = importlib.util.find_spec("mamba_ssm")
+    if spec is None or spec.origin == STAND_IN:
         return "the package mamba-ssm is not installed; the other backends need no such package"
     if problem.device.type != "cuda":
         return f"mamba-ssm needs a CUDA tensor, this one is on {problem.device.type!r}"
