@@ -243,7 +243,10 @@ class Operator:
 
     def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
         """Run the operator on checked arguments."""
-        needed = any(t is not None and t.requires_grad for t in arguments[: self._count])
+        # Under transforms nobody can tell: what vmap wraps says no.
+        needed = torch._C._are_functorch_transforms_active() or any(
+            t is not None and t.requires_grad for t in arguments[: self._count]
+        )
         # A traced graph may run anywhere, with and without gradients; the tracer compares both.
         tracing = torch.jit.is_tracing()
         save_carries = needed and (torch.is_grad_enabled() or tracing)

@@ -43,8 +43,9 @@ class _Signs(NamedTuple):
     """What a packed weight was made for and of.
 
     `weight.data.copy_(...)` changes neither version nor address. Exponential averages are updated
-    so, and the samples tell of any such change to all of a weight. A change of single elements
-    through `data` or NumPy is not seen before the next `eval()`: PyTorch cannot tell either.
+    so, and the samples tell of any such change to all of a weight. A change of some rows, columns
+    or elements through `data` or NumPy may go unseen until the next `eval()`: PyTorch cannot tell
+    either.
     """
 
     shape: tuple[int, ...]
@@ -77,7 +78,11 @@ def serves(x: Tensor, *parameters: Tensor | None) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not needs_dispatcher([x, *(p for p in parameters if p is not None)])
-        and all(p is None or p.dtype == torch.float32 for p in parameters)
+        and all(
+            p is None or (p.dtype == torch.float32 and p.device.type == "cpu") for p in parameters
+        )
+        # Tangents of forward-mode differentiation.
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -116,7 +121,8 @@ def convolve(
         return torch.ops.mkldnn._convolution_pointwise(
             x, operand, bias, padding, stride, (1, 1), groups, attr, [], algorithm
         )
-    if AVX512:
+    pointwise = tuple(weight.shape[2:]) == (1, 1) and weight.dim() == 4
+    if AVX512 or groups > 1 or pointwise:
         return F.conv2d(x, _kernel(weight), bias, stride, padding, groups=groups)
     return _Convolution.apply(x, _kernel(weight), bias, stride, padding)
 
@@ -141,7 +147,7 @@ def _laid_out(
 ) -> Tensor:
     """The weight as oneDNN wants it for a map of such a shape, where keeping that copy pays."""
     positions = shape[0] * shape[2] * shape[3] // (stride[0] * stride[1])
-    parameter = type(weight) is nn.Parameter and not weight.is_inference()
+    parameter = type(weight) is nn.Parameter and not weight.is_inference() and _is_dense(weight)
     if positions > PACKED_POSITIONS or groups > 1 or not parameter:
         return _kernel(weight.detach())
     now = _Signs(shape, weight._version, weight.data_ptr(), _sample(weight.detach()))
@@ -156,9 +162,17 @@ def _laid_out(
     return kept.copy
 
 
+def _is_dense(weight: Tensor) -> bool:
+    """Whether its elements fill a piece of memory."""
+    if weight.is_contiguous():
+        return True
+    return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def _sample(weight: Tensor) -> Tensor:
-    """Some elements, spread over the memory of a weight that has no gaps."""
-    step = max(weight.numel() // SAMPLES, 1)
+    """Some elements, spread over the memory of a dense weight."""
+    # One less than would fill it: a multiple of the columns would stay in one of them.
+    step = max(weight.numel() // SAMPLES - 1, 1)
     return weight.as_strided((min(SAMPLES, weight.numel()),), (step,))
 
 

@@ -43,6 +43,10 @@ class KeepsPacked(nn.Module):
         cpu.forget(self.parameters(recurse=False))
         return super().train(mode)
 
+    def _apply(self, fn, recurse=True):
+        cpu.forget(self.parameters(recurse=False))
+        return super()._apply(fn, recurse)
+
 
 class Linear(KeepsPacked, nn.Linear):
     """A linear layer on the last dimension of (B, H, W, C)."""
@@ -70,7 +74,9 @@ class Conv2d(KeepsPacked, nn.Conv2d):
     """A convolution of one group."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if cpu.serves(x, self.weight, self.bias):
+        rest = self.dilation, self.groups, self.padding_mode
+        plain = rest == ((1, 1), 1, "zeros") and not isinstance(self.padding, str)
+        if plain and cpu.serves(x, self.weight, self.bias):
             return cpu.convolve(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 
@@ -81,7 +87,8 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     If so, its parameters may be used without the call. If not, something of the user's is in the
     place of ours, or hooks see the call: those of `nn.utils.prune` make the weight in it.
     """
-    return type(module).forward is cls.forward and not (
+    # A forward pass may be set on the instance.
+    return getattr(module.forward, "__func__", None) is cls.forward and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -311,11 +311,18 @@ def build_depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=bias)
 
 
+def is_depthwise_3x3(conv: nn.Conv2d) -> bool:
+    """Whether it is as `build_depthwise_conv` makes it."""
+    sizes = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+    expected = (3, 3), (1, 1), (1, 1), (1, 1), "zeros"
+    return sizes == expected and conv.groups == conv.in_channels == conv.out_channels
+
+
 def convolve(conv: nn.Module | None, act: ActivationName, x: Tensor) -> Tensor:
     """The depth-wise convolution, if there is one, and the activation, of (B, H, W, C)."""
     if conv is None:
         return ACTIVATIONS[act](x)
-    if not runs_as(conv, nn.Conv2d):
+    if not runs_as(conv, nn.Conv2d) or not is_depthwise_3x3(conv):
         return ACTIVATIONS[act](conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     parameters = conv.weight, conv.bias
     if cpu.serves(x, *parameters) and not cpu.records(x, *parameters):

@@ -71,13 +71,17 @@ def by_data(weight, new):
     weight.data.copy_(new)
 
 
+def of_one_part(weight, new):
+    weight.data[:, 1:] = new[:, 1:]
+
+
 def in_place(weight, new):
     with torch.no_grad():
         weight.copy_(new)
 
 
 @needs_packing
-@pytest.mark.parametrize("change", [by_assignment, by_data, in_place])
+@pytest.mark.parametrize("change", [by_assignment, by_data, of_one_part, in_place])
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_evaluation_sees_weights_that_change(change, kind):
     torch.manual_seed(0)
@@ -111,6 +115,28 @@ def test_packed_weights_are_dropped_in_training_and_never_saved():
         assert torch.equal(torch.load(file, weights_only=False)(x), y)
     module.train()
     assert module.weight not in cpu._packed
+
+
+@needs_packing
+def test_packed_weights_do_not_outlive_a_conversion():
+    module = layers.Linear(96, 192).eval()
+    with torch.no_grad():
+        module(torch.randn(1, 7, 7, 96))
+    module.double()
+    assert module.weight not in cpu._packed
+
+
+@pytest.mark.parametrize("change", [{"dilation": (2, 2)}, {"padding_mode": "reflect"}])
+def test_a_convolution_that_was_changed_is_computed_as_it_says(change, route):
+    module = layers.Conv2d(6, 8, 3, padding=1).eval()
+    expected = torch.nn.Conv2d(6, 8, 3, padding=1, **change)
+    expected.load_state_dict(module.state_dict())
+    for name, value in change.items():
+        setattr(module, name, value)
+    module._reversed_padding_repeated_twice = expected._reversed_padding_repeated_twice
+    x = torch.randn(1, 6, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected(x), rtol=1e-5, atol=1e-5)
 
 
 @needs_packing

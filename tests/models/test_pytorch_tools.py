@@ -87,8 +87,14 @@ def test_a_module_in_the_place_of_ours_is_called(images):
         owner = replaced if part is block else replaced.op
         x = torch.randn(1, 5, 6, 16)
         expected = replaced(x)
+        # Its own forward pass on the instance, as accelerate sets it.
+        module, calls = getattr(owner, name), []
+        forward = module.forward
+        module.forward = lambda x, forward=forward, calls=calls: (calls.append(1), forward(x))[1]
+        close([replaced(x)], [expected])
+        assert calls
         # Not of our types, and the same function.
-        setattr(owner, name, nn.Sequential(getattr(owner, name)))
+        setattr(owner, name, nn.Sequential(module))
         close([replaced(x)], [expected])
         getattr(owner, name).append(nn.Hardtanh(-0.1, 0.1))
         assert not torch.allclose(replaced(x), expected)
@@ -134,6 +140,24 @@ def test_transforms_over_images_are_a_loop_over_them(model, images):
     for i, image in enumerate(images):
         expected = gradient(parameters, image)
         close([g[i] for g in per_sample.values()], expected.values())
+
+
+def test_gradients_of_a_mapped_model_whose_weights_are_frozen(model, images):
+    model.requires_grad_(False)
+    found = grad(lambda batch: vmap(lambda one: model(one[None])[0])(batch).square().mean())(images)
+    images.requires_grad_()
+    model(images)[0].square().mean().backward()
+    close([found], [images.grad])
+
+
+def test_a_wider_depthwise_convolution_is_computed_as_it_says(images):
+    torch.manual_seed(0)
+    block = VMamba({"dims": 16, "depths": (1,)}).eval().layers[0].blocks[0]
+    block.op.conv2d = nn.Conv2d(16, 16, 5, padding=2, groups=16)
+    x = torch.randn(1, 6, 7, 16)
+    with torch.no_grad():
+        found = block(x)
+    close([found], [copy.deepcopy(block).double()(x.double()).float()])
 
 
 def test_a_jacobian_is_made_of_gradients():

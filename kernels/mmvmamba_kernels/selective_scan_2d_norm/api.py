@@ -91,7 +91,8 @@ def selective_scan_2d_norm(
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
     tensors = (*scan[:-1], *norm.values())
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    wanted = torch._C._are_functorch_transforms_active() or any(t.requires_grad for t in tensors)
+    save = torch.is_grad_enabled() and wanted
     out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
     return (out, total if save else None) if return_sum else out
 
