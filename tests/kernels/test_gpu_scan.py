@@ -18,15 +18,17 @@ def test_sums_over_positions_are_added_in_parts(positions, monkeypatch):
     torch.testing.assert_close(found, a.mT @ b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_products_of_step_sizes_are_exact_whatever_is_allowed(allowed, monkeypatch):
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_of_step_sizes_are_exact_whatever_is_allowed(precision, monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
     seen = []
     product = torch.bmm
 
     def bmm(*args, **options):
-        seen.append(matmul.allow_tf32)
+        newer = getattr(matmul, "fp32_precision", None)
+        seen.append(newer in ("ieee", "none") if newer else not matmul.allow_tf32)
         return product(*args, **options)
 
     monkeypatch.setattr(torch, "bmm", bmm)
@@ -34,9 +36,10 @@ def test_products_of_step_sizes_are_exact_whatever_is_allowed(allowed, monkeypat
     raw = gpu_scan.raw_step_sizes(proj, weight, torch.float32)
     factors = torch.randn(2, 6, 2)
     gpu_scan.low_rank_gradients(raw, factors, proj, weight, torch.float32)
-    after, matmul.allow_tf32 = matmul.allow_tf32, before
-    assert seen == [False] * 3
-    assert after == allowed
+    after = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert seen == [True] * 3
+    assert after == precision
 
 
 @pytest.mark.parametrize("capturing", [False, True])

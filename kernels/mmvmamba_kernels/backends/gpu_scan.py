@@ -16,20 +16,29 @@ _PART = 4096
 def exact_products() -> Iterator[None]:
     """Products of float32 factors are float32's, whatever the user allows his own to be.
 
-    Step sizes are exponents, and no part of a model in which TF32 was asked for.
+    Step sizes are exponents, and no part of a model in which TF32 was asked for. PyTorch's setting
+    is one for all threads of a process.
     """
     matmul = torch.backends.cuda.matmul
-    # The newer setting is read where there is one: the older refuses if only that was used.
-    allowed = getattr(matmul, "fp32_precision", None)
-    allowed = matmul.allow_tf32 if allowed is None else allowed == "tf32"
-    if not allowed:
+    # From PyTorch 2.9 on. The older functions refuse to read what was set through this one.
+    newer = hasattr(matmul, "fp32_precision")
+    before = matmul.fp32_precision if newer else torch.get_float32_matmul_precision()
+    exact = "ieee" if newer else "highest"
+    if before in (exact, "none"):
         yield
         return
-    matmul.allow_tf32 = False
+
+    def choose(precision: str) -> None:
+        if newer:
+            matmul.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    choose(exact)
     try:
         yield
     finally:
-        matmul.allow_tf32 = True
+        choose(before)
 
 
 def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, int]:

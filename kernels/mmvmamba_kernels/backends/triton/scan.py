@@ -184,7 +184,8 @@ class _Launch:
     def __init__(
         self, layout: Layout, operands: Operands, blocks: int, warps: _Warps, multiple: int
     ):
-        if layout.height * layout.width >= 2**31:
+        # Twice a run's positions fit into 32 bits.
+        if layout.height * layout.width >= 2**30:
             raise ValueError(
                 f"a map of {layout.height} x {layout.width} positions is too large for the Triton "
                 "kernels, which number a map's positions with 32 bits: use backend='reference'"
@@ -202,9 +203,7 @@ class _Launch:
         reach = layout.height * layout.width * max(layout.stride, self.directions * width)
         compute = tl.float64 if operands.dtype == torch.float64 else tl.float32
         # Two numbers of 16 bits are read as one word.
-        packed = (
-            proj.element_size() == 2 and layout.low_rank % 2 == 0 and proj.storage_offset() % 2 == 0
-        )
+        packed = proj.element_size() == 2 and layout.low_rank % 2 == 0 and proj.data_ptr() % 4 == 0
         self.constants = {
             "K": self.directions,
             "N": layout.states,

@@ -72,8 +72,8 @@ def _refuse_to_compile_in_capture() -> None:
         ):
             raise RuntimeError(
                 f"{details['fn'].name} is not compiled yet for these arguments, and a CUDA graph "
-                "is being captured: run the model once on inputs of the same shapes and dtypes "
-                "before the capture"
+                "is being captured: run the model once before the capture, on the same device, "
+                "with inputs of the same shapes and dtypes, and with gradients if it has them"
             )
         return before(*args, **details) if before else False
 
