@@ -162,6 +162,16 @@ def is_transformed() -> bool:
     )
 
 
+def may_need_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient of these may be asked for, as far as they can tell.
+
+    Under transforms they cannot: what vmap wraps says no.
+    """
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
 def needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether the dispatcher would do more with a call on these tensors than call the function."""
     return (
@@ -243,10 +253,7 @@ class Operator:
 
     def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
         """Run the operator on checked arguments."""
-        # Under transforms nobody can tell: what vmap wraps says no.
-        needed = torch._C._are_functorch_transforms_active() or any(
-            t is not None and t.requires_grad for t in arguments[: self._count]
-        )
+        needed = may_need_gradients(arguments[: self._count])
         # A traced graph may run anywhere, with and without gradients; the tracer compares both.
         tracing = torch.jit.is_tracing()
         save_carries = needed and (torch.is_grad_enabled() or tracing)

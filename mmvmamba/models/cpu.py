@@ -91,6 +91,11 @@ def records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def fuses(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether :func:`convolve` may apply an activation to its result in the same pass."""
+    return not records(x, *parameters) and serves(x, *parameters)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +115,7 @@ def convolve(
         stride: Steps of the kernel, in positions.
         padding: Zeros around the map.
         groups: As `nn.Conv2d`'s.
-        act: A key of `ACTIVATIONS`, applied to the result; only where :func:`records` says no.
+        act: A key of `ACTIVATIONS`, applied to the result; only where :func:`fuses` says yes.
 
     Returns:
         (B, O, H', W'), in the channels_last memory format.

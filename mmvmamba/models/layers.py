@@ -63,12 +63,6 @@ class Linear(KeepsPacked, nn.Linear):
             bias = None if bias is None else bias.to(dtype)
         return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
-    def activated(self, x: Tensor, act: ActivationName) -> Tensor | None:
-        """The activated result in one pass, or None where it takes two."""
-        if cpu.records(x, self.weight, self.bias) or not cpu.serves(x, self.weight, self.bias):
-            return None
-        return _by_convolution(x, self.weight, self.bias, act)
-
 
 class Conv2d(KeepsPacked, nn.Conv2d):
     """A convolution of one group."""
@@ -317,9 +311,11 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1.activated(x, self.act) if runs_as(self.fc1, Linear) else None
-        if hidden is None:
-            x = self.fc1(x)
+        fc1 = self.fc1
+        if runs_as(fc1, Linear) and cpu.fuses(x, fc1.weight, fc1.bias):
+            hidden = _by_convolution(x, fc1.weight, fc1.bias, self.act)
+        else:
+            x = fc1(x)
             act = ACTIVATIONS[self.act]
             hidden = act(x)
             # The gradient of relu keeps its result, and not what it took.

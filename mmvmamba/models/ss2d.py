@@ -325,7 +325,7 @@ def convolve(conv: nn.Module | None, act: ActivationName, x: Tensor) -> Tensor:
     if not runs_as(conv, nn.Conv2d) or not is_depthwise_3x3(conv):
         return ACTIVATIONS[act](conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     parameters = conv.weight, conv.bias
-    if cpu.serves(x, *parameters) and not cpu.records(x, *parameters):
+    if cpu.fuses(x, *parameters):
         y = cpu.convolve(x.permute(0, 3, 1, 2), *parameters, (1, 1), (1, 1), conv.groups, act)
         return y.permute(0, 2, 3, 1)
     return depthwise_conv(x, *parameters, act=act)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
-from mmvmamba_kernels.registration import OperatorPair, autocast_off
+from mmvmamba_kernels.registration import OperatorPair, autocast_off, may_need_gradients
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
@@ -91,8 +91,7 @@ def selective_scan_2d_norm(
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
     tensors = (*scan[:-1], *norm.values())
-    wanted = torch._C._are_functorch_transforms_active() or any(t.requires_grad for t in tensors)
-    save = torch.is_grad_enabled() and wanted
+    save = torch.is_grad_enabled() and may_need_gradients(tensors)
     out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
     return (out, total if save else None) if return_sum else out
 
