@@ -56,7 +56,7 @@ class Table:
 def throughput_table(results: Sequence[Result]) -> Table:
     """One case: times, throughput and its ratio to the first model's."""
     memory = any(result.peak_gb is not None for result in results)
-    header = ("model", "params (M)", "ms", "p20-p80", "images/s", "x first")
+    header = ("model", "params (M)", "ms", "p20-p80", "images/s", "relative")
     rows = []
     for result, ratio in zip(results, ratios(results), strict=True):
         millions = "-" if result.params is None else f"{result.params / 1e6:.1f}"

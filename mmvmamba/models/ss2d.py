@@ -308,6 +308,7 @@ def with_range(x: Tensor) -> Tensor:
 
 
 def build_depthwise_conv(channels: int, bias: bool) -> nn.Conv2d:
+    """Makes a 3x3 convolution of each channel on its own, which keeps height and width."""
     return nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels, bias=bias)
 
 

@@ -456,7 +456,7 @@ def test_command_line(run_tool, tmp_path):
     assert all(float(row["seconds"]) > 0 and row["torch"] == torch.__version__ for row in rows)
     assert "inference, fp32, eager, 1x32x64" in out
     assert "…" not in out
-    assert "x first" in page.read_text()
+    assert "relative" in page.read_text()
     assert "benchmark.py --device cpu deit-tiny resnet18 --sizes 32 32x64" in page.read_text()
     assert (tmp_path / "new/plot.png").stat().st_size > 10_000
 

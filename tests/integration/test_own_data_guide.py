@@ -1,4 +1,4 @@
-"""docs/own_data.md, followed word by word: every block is run as it stands, in its order."""
+"""The guides to own data, followed word by word: every block is run as it stands, in its order."""
 
 import json
 import re
@@ -57,6 +57,7 @@ model["head"].update(in_channels=128)
 train_pipeline[1]["scale"] = 64
 """,
 }
+GUIDES = ("docs/own_data.md", "docs/finetune_classifier.md")
 COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
 METRICS = {
     "my_detector": "coco/bbox_mAP",
@@ -135,9 +136,9 @@ def edit(config: Path, lines: str) -> None:
     config.write_text(text + SMALLER + SMALLER_TASK[config.name])
 
 
-def test_the_guide_leads_from_images_to_predictions(project, place):
+def test_the_guides_lead_from_images_to_predictions(project, place):
     said: dict[str, str] = {}
-    for language, block in blocks((project / "docs/own_data.md").read_text()):
+    for language, block in blocks("".join((project / name).read_text() for name in GUIDES)):
         text = shortened(block)
         if language == "python" and (name := re.match(r"# (my_\w+\.py)\n", text)):
             edit(place / name[1], text.partition("\n")[2])

@@ -77,7 +77,8 @@ def overview_table(families: dict[Path, list[dict]], project: Path) -> list[str]
         released = sum("Weights" in model for model in models)
         link = f"[{folder.name}]({folder.relative_to(project)}/README.md)"
         rows.append([link, title, str(len(models)), str(released or "-"), results or "-"])
-    heads = ["family", "what", "configs", "with released weights", "VMamba-T / -S / -B, not ours"]
+    reported = "VMamba-T / -S / -B, as the paper reports"
+    heads = ["family", "what", "configs", "with released weights", reported]
     return markdown(heads, rows)
 
 
