@@ -24,10 +24,31 @@ def _once(function, key):
     return look_up
 
 
-def _sizes(values) -> tuple[int, ...] | None:
-    """What a shape's constants are, and None for other values of a tuple."""
-    sizes = tuple(getattr(value, "value", value) for value in values)
-    return sizes if all(type(size) is int for size in sizes) else None
+def _share(cls, key, *own):
+    """Objects of a class with the same key get what the first of them has, but for their own."""
+    make, known = cls.__init__, {}
+
+    def __init__(self, *arguments):
+        name = key(*arguments)
+        if name not in known:
+            make(self, *arguments)
+            known[name] = vars(self).copy()
+        vars(self).update(known[name])
+        vars(self).update(zip(own, arguments, strict=False))
+
+    cls.__init__ = __init__
+
+
+def _block(element_ty, shape) -> tuple:
+    """What makes a type of blocks."""
+    return element_ty.name, *(getattr(size, "value", size) for size in shape)
+
+
+def _same_shape(general):
+    """The comparison of a shape, with a list without making another shape of it."""
+    return lambda self, other: (
+        self.values == other if type(other) is list else general(self, other)
+    )
 
 
 if interpreting():
@@ -41,10 +62,13 @@ if interpreting():
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
-    # A third of the rest: what stands for a type in NumPy, and types of shapes, are looked up once.
+    # Half of the rest: what stands for a type in NumPy, types of blocks, and what tensors have of
+    # their types, is made once.
     interpreter._get_np_dtype = _once(interpreter._get_np_dtype, lambda dtype: dtype.name)
-    if hasattr(core, "_type_for_tuple_values"):
-        core._type_for_tuple_values = _once(core._type_for_tuple_values, _sizes)
+    _share(core.block_type, _block)
+    _share(core.tensor, lambda _, type: type.name, "handle")
+    if hasattr(core, "tuple"):
+        core.tuple.__eq__ = _same_shape(core.tuple.__eq__)
     # Until Triton 3.5 they stay there; later a launch removes them when it ends.
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._LangPatchScope.restore = lambda _: None
