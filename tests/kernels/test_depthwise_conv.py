@@ -89,6 +89,20 @@ def test_output_and_gradients(shape, backend):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("channels", [65, 128])
+def test_warps_of_64_lanes(channels, monkeypatch):
+    from mmvmamba_kernels.depthwise_conv import triton_impl
+
+    blocks = []
+    monkeypatch.setattr(triton_impl, "lanes", lambda _: 64)
+    tiling = triton_impl.tiling
+    monkeypatch.setattr(triton_impl, "tiling", lambda *v: blocks.append(v[2]) or tiling(*v))
+    check(depthwise_conv_arguments(1, 2, 3, channels, device=DEVICE), "triton")
+    # Forward, and backward: no lane is left without a channel of a block.
+    assert blocks == [64 if channels == 65 else 128, 64, 64 if channels == 65 else 128]
+
+
+@pytest.mark.triton
 def test_long_programs(monkeypatch):
     """As for so many maps that programs need not be short: here they have two rows at most."""
     from mmvmamba_kernels.depthwise_conv import triton_impl
@@ -381,8 +395,8 @@ def test_what_does_not_fit_is_named(change, error, message):
 
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("longest", [16, 64])
-@pytest.mark.parametrize("block", [32, 64])
-def test_programs_cover_the_map_once(block, longest, multiprocessors):
+@pytest.mark.parametrize(("block", "columns"), [(32, 8), (64, 7), (128, 4)])
+def test_programs_cover_the_map_once(block, columns, longest, multiprocessors):
     pytest.importorskip("triton", reason="Triton is not installed")
     from mmvmamba_kernels.depthwise_conv.triton_impl import tiling
 
@@ -390,7 +404,7 @@ def test_programs_cover_the_map_once(block, longest, multiprocessors):
         for width in (1, 4, 5, 7, 8, 28, 50, 1000):
             for batch, channels in ((1, 5), (128, 96), (2, 768)):
                 shape = torch.Size((batch, height, width, channels))
-                tiles = tiling(shape, torch.float32, block, longest, multiprocessors)
+                tiles = tiling(shape, columns, block, longest, multiprocessors)
                 assert tiles.rows * (tiles.chunks - 1) < height <= tiles.rows * tiles.chunks
                 assert tiles.columns * (tiles.strips - 1) < width <= tiles.columns * tiles.strips
                 assert tiles.rows <= longest

@@ -14,7 +14,7 @@ from gpu_model.record import PHASES, SHAPES, core_launches, parse_shape
 from gpu_model.sim import COPY_RATE, LAUNCH_MS, Prediction, dram_share, kernel_time
 
 _MAPS = {
-    # Maps that a streaming kernel reads and writes, beside those that a launch's options add.
+    # Maps that a streaming kernel reads and writes, beside those that a launch asks for.
     "layer_norm_fwd_kernel": 1,
     "layer_norm_bwd_kernel": 3,
     "sum_buffers_kernel": 1,
@@ -26,7 +26,7 @@ _BACKWARD_LAUNCH_MS = 0.004
 def streaming_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     """A kernel that reads and writes whole bfloat16 maps, from its bytes."""
     maps = _MAPS[launch.name]
-    maps += launch.options.get("PARTS", 0) + launch.options.get("STORE_TOTAL", False)
+    maps += launch.integers.get("parts", 0) + launch.integers.get("store_total", 0)
     maps += launch.options.get("COUNT", 0)
     backward = launch.name == "layer_norm_bwd_kernel"
     seconds = math.prod(shape) * 2 * maps / (_BACKWARD_RATE if backward else COPY_RATE)

@@ -21,6 +21,7 @@ from mmvmamba_kernels.backends.triton.depthwise_conv_kernels import (
 )
 from mmvmamba_kernels.backends.triton.support import (
     interpreting,
+    lanes,
     multiprocessors,
     on_device,
 )
@@ -37,6 +38,15 @@ _LONGEST_FORWARD = 16
 
 _LONGEST_BACKWARD = 64
 """The same where every program leaves partial sums: longer ones leave less to add."""
+
+_COLUMNS = 7
+"""Columns of a program, in all maps, so that one kernel serves them.
+
+Seven divides the maps of a 224 x 224 image.
+"""
+
+_COLUMNS_TWICE = 4
+"""The same where a lane has two channels, or sums of twice the size."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +71,17 @@ class _Tiling:
         return (self.programs * self.blocks,)
 
 
-def tiling(
-    shape: torch.Size, dtype: torch.dtype, block: int, longest: int, processors: int
-) -> _Tiling:
+def tiling(shape: torch.Size, columns: int, block: int, longest: int, processors: int) -> _Tiling:
     """Cut maps into strips of columns and chunks of rows.
 
     Args:
         shape: (B, H, W, C).
-        dtype: Of sums, which decides how many a thread can hold.
+        columns: Of a strip.
         block: Channels of a program.
         longest: Most rows of a program.
         processors: Multiprocessors of the GPU.
     """
     batch, height, width, channels = shape
-    # Seven divides the maps of a 224 x 224 image.
-    choices = (4,) if dtype == torch.float64 or width <= 4 else (8, 7)
-    columns = min(choices, key=lambda p: ceil_div(width, p) * p)
     strips, blocks = ceil_div(width, columns), ceil_div(channels, block)
     wanted = ceil_div(processors * _WARPS, max(batch * strips * blocks, 1))
     chunks = max(ceil_div(height, longest), min(wanted, ceil_div(height, _SHORTEST)))
@@ -104,9 +109,17 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _channel_block(channels: int, dtype: torch.dtype) -> int:
-    """Channels of one program where two to a lane fit in registers and leave no lane idle."""
-    return 64 if channels % 64 == 0 and dtype != torch.float64 else 32
+def _tiling(x: Tensor, dtype: torch.dtype, backward: bool) -> _Tiling:
+    """How a pass cuts a map; forwards with two channels a lane where that leaves no lane idle."""
+    double, width = dtype == torch.float64, lanes(x.device)
+    two = not (double or backward or x.shape[3] % (2 * width))
+    return tiling(
+        x.shape,
+        _COLUMNS_TWICE if double or two else _COLUMNS,
+        2 * width if two else width,
+        _LONGEST_BACKWARD if backward else _LONGEST_FORWARD,
+        multiprocessors(x.device),
+    )
 
 
 def _scale(x: Tensor) -> float:
@@ -120,9 +133,7 @@ def _scale(x: Tensor) -> float:
 def _constants(x: Tensor, tiles: _Tiling, dtype: torch.dtype, act: str) -> Mapping[str, object]:
     nvidia = x.is_cuda and torch.version.hip is None and not interpreting()
     return {
-        "C": x.shape[3],
         "P": tiles.columns,
-        "FULL": x.shape[2] % tiles.columns == 0,
         "BLOCK_C": tiles.block,
         "ACT": act,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -145,8 +156,7 @@ def _convolve(
     if out.numel() == 0:
         return out
     x, stride = _positions(x)
-    block = _channel_block(x.shape[3], dtype)
-    tiles = tiling(x.shape, dtype, block, _LONGEST_FORWARD, multiprocessors(x.device))
+    channels, tiles = x.shape[3], _tiling(x, dtype, backward=False)
     with on_device(x):
         depthwise_conv_fwd_kernel[tiles.grid](
             x,
@@ -154,7 +164,10 @@ def _convolve(
             bias if bias is None else bias.contiguous(),
             out,
             *tiles.sizes(x.shape),
-            STRIDE=stride,
+            channels,
+            stride,
+            CONSTANT_C=channels if stride == channels and tiles.block == lanes(x.device) else 0,
+            WHOLE=channels % tiles.block == 0,
             FLIP=flip,
             SCALE=scale,
             HAS_BIAS=bias is not None,
@@ -189,7 +202,7 @@ def backward(
     channels, taps = x.shape[3], _taps(weight)
     grad_z = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, stride = _positions(x)
-    tiles = tiling(x.shape, dtype, 32, _LONGEST_BACKWARD, multiprocessors(x.device))
+    tiles = _tiling(x, dtype, backward=True)
     partial = x.new_empty((tiles.programs, 10, channels), dtype=dtype)
     if x.numel():
         with on_device(x):
@@ -201,7 +214,9 @@ def backward(
                 grad_z,
                 partial,
                 *tiles.sizes(x.shape),
+                C=channels,
                 STRIDE=stride,
+                FULL=False,
                 SCALE=scale,
                 HAS_BIAS=bias is not None,
                 **_constants(x, tiles, dtype, act),

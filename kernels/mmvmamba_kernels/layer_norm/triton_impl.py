@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -13,33 +16,51 @@ from mmvmamba_kernels.backends.triton.layer_norm_kernels import (
 )
 from mmvmamba_kernels.backends.triton.support import multiprocessors, on_device
 
-_TILE = 2048
+_FORWARD_TILE = 2048
 """Elements that a program holds of one map: 16 a thread with four warps."""
+
+_BACKWARD_TILE = 1024
+"""The same of the backward pass, which holds more maps and sums."""
+
+_WIDTHS = (64, 256)
+"""Channels of a line where a row takes one or two; more channels have wider lines, two a row."""
 
 _MAX_CHANNELS = 1 << 16
 
-_BACKWARD_PROGRAMS = 4
+_BACKWARD_PROGRAMS = 6
 """Programs per multiprocessor of the backward pass, each with one partial sum of the gradients of
 weight and bias."""
 
 
-def _compute_type(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+class _Tile(NamedTuple):
+    """How a program's tile holds rows of so many channels."""
+
+    rows: int
+    """Of the map."""
+    paired: int
+    """1 if a row takes two lines, 0 if it takes one."""
+    constants: dict[str, int]
+    """Of the kernels."""
 
 
-def _blocks(channels: int) -> dict[str, int]:
+@functools.cache
+def _tile(channels: int, elements: int) -> _Tile:
     if channels > _MAX_CHANNELS:
         raise ValueError(
             f"layer_norm: Triton kernels take at most {_MAX_CHANNELS} channels, got {channels}; "
             "use backend='reference'"
         )
-    # The next power of two.
-    block = 1 << (channels - 1).bit_length()
-    return {
-        "BLOCK_R": max(1, _TILE // block),
-        "BLOCK_C": block,
-        "num_warps": 4 if block <= _TILE else 8,
-    }
+    # Half of the next power of two.
+    widest = 1 << (channels - 1).bit_length() >> 1
+    width = next((w for w in _WIDTHS if 2 * w >= channels), widest)
+    pairs = max(1, elements // (2 * width))
+    paired = int(channels > width)
+    constants = {"ROWS": pairs, "WIDTH": width, "num_warps": 4 if 2 * width <= elements else 8}
+    return _Tile(2 * pairs >> paired, paired, constants)
+
+
+def _compute_type(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def forward(
@@ -109,12 +130,13 @@ def _launch_forward(
     out = parts.new_empty(parts.shape[1:], dtype=out_dtype)
     statistics = parts.new_empty((rows, 2), dtype=dtype)
     if rows:
-        blocks = _blocks(channels)
+        tile = _tile(channels, _FORWARD_TILE)
         with on_device(parts):
-            layer_norm_fwd_kernel[(ceil_div(rows, blocks["BLOCK_R"]),)](
+            layer_norm_fwd_kernel[(ceil_div(rows, tile.rows),)](
                 parts,
-                branch,
-                scale,
+                # For what is not there stands something of the dtype that it would have.
+                out if branch is None else branch,
+                statistics if scale is None else scale,
                 weight.contiguous(),
                 bias.contiguous(),
                 total,
@@ -123,13 +145,14 @@ def _launch_forward(
                 rows,
                 rows // parts.shape[1],
                 channels,
+                tile.paired,
+                parts.shape[0],
+                int(branch is not None),
+                int(scale is not None),
+                int(store),
                 EPS=eps,
-                PARTS=parts.shape[0],
-                HAS_BRANCH=branch is not None,
-                HAS_SCALE=scale is not None,
-                STORE_TOTAL=store,
                 ACC=_compute_type(dtype),
-                **blocks,
+                **tile.constants,
             )
     return out, statistics
 
@@ -149,10 +172,8 @@ def backward(
     grad_out, total = grad_out.contiguous(), total.contiguous()
     channels = total.shape[-1]
     rows = total.numel() // channels
-    blocks = _blocks(channels)
-    programs = min(
-        ceil_div(rows, blocks["BLOCK_R"]), _BACKWARD_PROGRAMS * multiprocessors(total.device)
-    )
+    tile = _tile(channels, _BACKWARD_TILE)
+    programs = min(ceil_div(rows, tile.rows), _BACKWARD_PROGRAMS * multiprocessors(total.device))
     grad_x = torch.empty_like(total)
     grad_branch = total.new_empty(0)
     if branch_dtype is not None:
@@ -161,24 +182,25 @@ def backward(
     if rows:
         with on_device(total):
             layer_norm_bwd_kernel[(programs,)](
-                grad_total,
+                total if grad_total is None else grad_total,
                 grad_out,
                 total,
                 statistics,
-                scale,
+                statistics if scale is None else scale,
                 weight.contiguous(),
                 grad_x,
-                grad_branch,
+                grad_out if branch_dtype is None else grad_branch,
                 partial,
                 rows,
                 rows // total.shape[0],
                 channels,
+                tile.paired,
                 programs,
-                HAS_GRAD_TOTAL=grad_total is not None,
-                HAS_GRAD_BRANCH=branch_dtype is not None,
-                HAS_SCALE=scale is not None,
+                int(grad_total is not None),
+                int(branch_dtype is not None),
+                int(scale is not None),
                 ACC=_compute_type(statistics.dtype),
-                **blocks,
+                **tile.constants,
             )
     grad_weight, grad_bias = partial
     return grad_x, grad_branch, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype)

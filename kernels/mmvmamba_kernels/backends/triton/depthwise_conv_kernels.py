@@ -62,9 +62,7 @@ def _derivative(z, ACT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _program(
-    height, width, strips, chunks, rows, C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _program(height, width, strips, chunks, rows, C, P: tl.constexpr, BLOCK_C: tl.constexpr):
     """What a program works on, from its number.
 
     The grid has one axis, the one that is not limited to 65535; neighbouring programs read the same
@@ -87,17 +85,17 @@ def _program(
 
 
 @triton.jit
-def _channels(start, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program's channels and which of them exist: known to be all where the blocks fit."""
+def _channels(start, C, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr):
+    """A program's channels and which of them exist: known to be all where the blocks are whole."""
     c = start + tl.arange(0, BLOCK_C)
-    if C % BLOCK_C == 0:
+    if WHOLE:
         return c, tl.full((BLOCK_C,), True, tl.int1)
     else:
         return c, c < C
 
 
 @triton.jit
-def _taps(taps_ptr, c, inside, C: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
+def _taps(taps_ptr, c, inside, C, FLIP: tl.constexpr, ACC: tl.constexpr):
     """The nine weights of every channel, row by row; turned by half a turn with FLIP."""
     taps = ()
     for t in tl.static_range(9):
@@ -114,7 +112,7 @@ def _load_row(
     inside,
     height,
     width,
-    STRIDE: tl.constexpr,
+    STRIDE,
     P: tl.constexpr,
     FULL: tl.constexpr,
     ACC: tl.constexpr,
@@ -157,11 +155,12 @@ def depthwise_conv_fwd_kernel(
     strips,
     chunks,
     rows,
-    C: tl.constexpr,
-    STRIDE: tl.constexpr,
+    C,
+    STRIDE,
+    CONSTANT_C: tl.constexpr,
     P: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
     ACT: tl.constexpr,
     FLIP: tl.constexpr,
     SCALE: tl.constexpr,
@@ -182,11 +181,15 @@ def depthwise_conv_fwd_kernel(
         strips: Groups of P columns in a row of the map.
         chunks: Groups of rows in a map.
         rows: Rows of such a group.
+        CONSTANT_C: C and STRIDE, where they shall be constants; else 0, and a kernel serves all.
     """
+    if CONSTANT_C > 0:
+        C = CONSTANT_C
+        STRIDE = CONSTANT_C
     start, column, first, count, position = _program(
         height, width, strips, chunks, rows, C, P, BLOCK_C
     )
-    c, inside = _channels(start, C, BLOCK_C)
+    c, inside = _channels(start, C, BLOCK_C, WHOLE)
     taps = _taps(taps_ptr, c, inside, C, FLIP, ACC)
     bias = tl.zeros((BLOCK_C,), ACC)
     if HAS_BIAS:
@@ -195,8 +198,8 @@ def depthwise_conv_fwd_kernel(
     step = width.to(tl.int64) * STRIDE
     x_row = x_ptr + position * STRIDE + c
     out_row = out_ptr + position * C + c
-    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, FULL, ACC)
-    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, FULL, ACC)
+    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, False, ACC)
+    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, False, ACC)
     ending = ()
     begun = ()
     for j in tl.static_range(P):
@@ -204,12 +207,13 @@ def depthwise_conv_fwd_kernel(
         begun = begun + (_add(bias, here, taps, j, 0),)
     for i in range(count):
         x_row += step
-        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+        row = first + i + 1
+        below = _load_row(x_row, row, column, inside, height, width, STRIDE, P, False, ACC)
         following = ()
         starting = ()
         for j in tl.static_range(P):
             out = _activation(_add(ending[j], below, taps, j, 2) * SCALE, ACT, FAST)
-            mask = inside if FULL else inside & (column + j < width)
+            mask = inside & (column + j < width)
             tl.store(out_row + j * C, out.to(out_ptr.dtype.element_ty), mask=mask)
             following = following + (_add(begun[j], below, taps, j, 1),)
             starting = starting + (_add(bias, below, taps, j, 0),)
@@ -275,7 +279,7 @@ def depthwise_conv_bwd_kernel(
     start, column, first, count, position = _program(
         height, width, strips, chunks, rows, C, P, BLOCK_C
     )
-    c, inside = _channels(start, C, BLOCK_C)
+    c, inside = _channels(start, C, BLOCK_C, C % BLOCK_C == 0)
     taps = _taps(taps_ptr, c, inside, C, False, ACC)
     sums = ()
     for _ in tl.static_range(9):

@@ -1,7 +1,9 @@
 """Device code of the layer normalisation; the operator's ``triton_impl.py`` launches it.
 
 A program takes whole rows, several at a time, so that the maps are read once and written once and
-the statistics never leave its registers.
+the statistics never leave its registers. Its tile is ROWS pairs of lines of WIDTH channels; a row
+takes a line or both of a pair, so that one kernel serves several numbers of channels.
+What a call does or leaves out is an argument likewise, and not a kernel of its own.
 """
 
 from __future__ import annotations
@@ -9,15 +11,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Sizes that change from image to image: a kernel compiled for one serves all.
-_SIZES = ("rows", "sample_rows", "programs")
+# Sizes and choices that change from call to call: a kernel compiled for one serves all.
+_SIZES = (
+    "rows",
+    "sample_rows",
+    "paired",
+    "parts",
+    "programs",
+    "has_branch",
+    "has_scale",
+    "store_total",
+    "has_grad_total",
+    "has_grad_branch",
+)
 
 
 @triton.jit
-def _rows(pid, rows, BLOCK_R: tl.constexpr):
-    """This block's rows, and which of them exist."""
-    row = tl.cast(pid, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+def _rows(block, rows, paired, ROWS: tl.constexpr):
+    """The rows of a block's lines, (ROWS, 2), and which of them exist.
+
+    ``paired`` is 1 if a row takes both lines of a pair, else 0.
+    """
+    pair = tl.arange(0, ROWS)[:, None]
+    line = tl.arange(0, 2)[None, :]
+    row = tl.cast(block, tl.int64) * (2 * ROWS >> paired) + (2 * pair + line >> paired)
     return row, row < rows
+
+
+@triton.jit
+def _columns(paired, WIDTH: tl.constexpr):
+    """The columns of a pair's lines, (2, WIDTH)."""
+    return (tl.arange(0, 2) * paired * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _row_sums(values, paired):
+    """The sum of every line's row, (ROWS, 2)."""
+    sums = tl.sum(values, 2)
+    return tl.where(paired == 1, tl.sum(sums, 1)[:, None], sums)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -33,46 +64,53 @@ def layer_norm_fwd_kernel(
     rows,
     sample_rows,
     channels,
+    paired,
+    parts,
+    has_branch,
+    has_scale,
+    store_total,
     # A number that is no constant is float32, also where the arithmetic is float64.
     EPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    STORE_TOTAL: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    row, row_inside = _rows(tl.program_id(0), rows, BLOCK_R)
-    column = tl.arange(0, BLOCK_C)
+    """The sum of x's ``parts`` maps and of the branch, and its normalisation.
+
+    Pointers to what a call does not have are never followed.
+    """
+    row, exists = _rows(tl.program_id(0), rows, paired, ROWS)
+    column = _columns(paired, WIDTH)
     column_inside = column < channels
-    inside = row_inside[:, None] & column_inside[None, :]
-    place = row[:, None] * channels + column[None, :]
+    inside = exists[:, :, None] & column_inside[None, :, :]
+    place = row[:, :, None] * channels + column[None, :, :]
 
     total = tl.load(x_ptr + place, inside, 0.0).to(ACC)
-    for _ in tl.static_range(1, PARTS):
-        # x is PARTS maps, one after another, whose sum is meant.
-        x_ptr += rows.to(tl.int64) * channels
-        total += tl.load(x_ptr + place, inside, 0.0).to(ACC)
-    if HAS_BRANCH:
+    map_size = rows.to(tl.int64) * channels
+    for part in range(1, parts):
+        # x is maps one after another, whose sum is meant.
+        total += tl.load(x_ptr + part * map_size + place, inside, 0.0).to(ACC)
+    if has_branch != 0:
         branch = tl.load(branch_ptr + place, inside, 0.0).to(ACC)
-        if HAS_SCALE:
-            branch *= tl.load(scale_ptr + row // sample_rows, row_inside, 0.0).to(ACC)[:, None]
+        if has_scale != 0:
+            branch *= tl.load(scale_ptr + row // sample_rows, exists, 0.0).to(ACC)[:, :, None]
         total += branch
     # The backward pass sees the rounded sum, so it is what is normalised.
     rounded = total.to(total_ptr.dtype.element_ty)
-    if STORE_TOTAL:
+    if store_total != 0:
         tl.store(total_ptr + place, rounded, inside)
     total = rounded.to(ACC)
-    mean = tl.sum(total, 1) / channels
-    centred = tl.where(inside, total - mean[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / channels + EPS)
+    mean = _row_sums(total, paired) / channels
+    centred = tl.where(inside, total - mean[:, :, None], 0.0)
+    inverse = 1.0 / tl.sqrt(_row_sums(centred * centred, paired) / channels + EPS)
     weight = tl.load(weight_ptr + column, column_inside, 0.0).to(ACC)
     bias = tl.load(bias_ptr + column, column_inside, 0.0).to(ACC)
-    out = centred * inverse[:, None] * weight[None, :] + bias[None, :]
+    out = centred * inverse[:, :, None] * weight[None, :, :] + bias[None, :, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), inside)
-    tl.store(statistics_ptr + 2 * row, mean, row_inside)
-    tl.store(statistics_ptr + 2 * row + 1, inverse, row_inside)
+    # Of a row's two lines the first writes.
+    first = exists & (tl.arange(0, 2) * paired == 0)[None, :]
+    tl.store(statistics_ptr + 2 * row, mean, first)
+    tl.store(statistics_ptr + 2 * row + 1, inverse, first)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -89,42 +127,51 @@ def layer_norm_bwd_kernel(
     rows,
     sample_rows,
     channels,
+    paired,
     programs,
-    HAS_GRAD_TOTAL: tl.constexpr,
-    HAS_GRAD_BRANCH: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    has_grad_total,
+    has_grad_branch,
+    has_scale,
     ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    """Gradients of the sum and of the branch, and a program's part of those of weight and bias."""
     program = tl.program_id(0)
-    column = tl.arange(0, BLOCK_C)
+    column = _columns(paired, WIDTH)
     column_inside = column < channels
     weight = tl.load(weight_ptr + column, column_inside, 0.0).to(ACC)
-    grad_weight = tl.zeros((BLOCK_C,), ACC)
-    grad_bias = tl.zeros((BLOCK_C,), ACC)
-    for block in range(program, tl.cdiv(rows, BLOCK_R), programs):
-        row, row_inside = _rows(block, rows, BLOCK_R)
-        inside = row_inside[:, None] & column_inside[None, :]
-        place = row[:, None] * channels + column[None, :]
-        mean = tl.load(statistics_ptr + 2 * row, row_inside, 0.0)
-        inverse = tl.load(statistics_ptr + 2 * row + 1, row_inside, 0.0)
+    # Summed over rows at the end: until then nothing crosses lanes for them.
+    grad_weights = tl.zeros((ROWS, 2, WIDTH), ACC)
+    grad_biases = tl.zeros((ROWS, 2, WIDTH), ACC)
+    for block in range(program, tl.cdiv(rows, 2 * ROWS >> paired), programs):
+        row, exists = _rows(block, rows, paired, ROWS)
+        inside = exists[:, :, None] & column_inside[None, :, :]
+        place = row[:, :, None] * channels + column[None, :, :]
+        mean = tl.load(statistics_ptr + 2 * row, exists, 0.0)[:, :, None]
+        inverse = tl.load(statistics_ptr + 2 * row + 1, exists, 0.0)[:, :, None]
         total = tl.load(total_ptr + place, inside, 0.0).to(ACC)
-        normal = tl.where(inside, (total - mean[:, None]) * inverse[:, None], 0.0)
+        normal = tl.where(inside, (total - mean) * inverse, 0.0)
         grad_out = tl.load(grad_out_ptr + place, inside, 0.0).to(ACC)
-        grad_weight += tl.sum(grad_out * normal, 0)
-        grad_bias += tl.sum(grad_out, 0)
-        grad_normal = grad_out * weight[None, :]
-        along = tl.sum(grad_normal * normal, 1) / channels
-        common = tl.sum(grad_normal, 1) / channels
-        grad = (grad_normal - common[:, None] - normal * along[:, None]) * inverse[:, None]
-        if HAS_GRAD_TOTAL:
+        grad_weights += grad_out * normal
+        grad_biases += grad_out
+        grad_normal = grad_out * weight[None, :, :]
+        along = (_row_sums(grad_normal * normal, paired) / channels)[:, :, None]
+        common = (_row_sums(grad_normal, paired) / channels)[:, :, None]
+        grad = (grad_normal - common - normal * along) * inverse
+        if has_grad_total != 0:
             grad += tl.load(grad_total_ptr + place, inside, 0.0).to(ACC)
         tl.store(grad_x_ptr + place, grad.to(grad_x_ptr.dtype.element_ty), inside)
-        if HAS_GRAD_BRANCH:
-            if HAS_SCALE:
-                grad *= tl.load(scale_ptr + row // sample_rows, row_inside, 0.0).to(ACC)[:, None]
+        if has_grad_branch != 0:
+            if has_scale != 0:
+                grad *= tl.load(scale_ptr + row // sample_rows, exists, 0.0).to(ACC)[:, :, None]
             tl.store(grad_branch_ptr + place, grad.to(grad_branch_ptr.dtype.element_ty), inside)
+    grad_weight = tl.sum(grad_weights, 0)
+    grad_bias = tl.sum(grad_biases, 0)
+    # Where lines have a row each, both have part of every column's sum.
+    grad_weight = tl.where(paired == 1, grad_weight, tl.sum(grad_weight, 0)[None, :])
+    grad_bias = tl.where(paired == 1, grad_bias, tl.sum(grad_bias, 0)[None, :])
+    first = column_inside & (tl.arange(0, 2) <= paired)[:, None]
     partial = partial_ptr + program * channels + column
-    tl.store(partial, grad_weight, column_inside)
-    tl.store(partial + programs * channels, grad_bias, column_inside)
+    tl.store(partial, grad_weight, first)
+    tl.store(partial + programs * channels, grad_bias, first)
