@@ -19,14 +19,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mmvmamba.analysis.passes import AUTOCAST_DTYPES, MEMORY_FORMATS, Case
-from mmvmamba.analysis.subjects import (
+from mmvmamba.analysis.measured import (
     Subject,
     image_channels,
     number_of_parameters,
     silence,
     tensors,
 )
+from mmvmamba.analysis.passes import AUTOCAST_DTYPES, MEMORY_FORMATS, Case
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmvmamba.analysis.subjects import tensors
+from mmvmamba.analysis.measured import tensors
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 

@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import mmvmamba_kernels  # noqa: F401 (registers the scans' formulas)
-from mmvmamba.analysis.subjects import PlainModel, build_classifier, image_channels
+from mmvmamba.analysis.measured import image_channels
+from mmvmamba.analysis.subjects import PlainModel, build_classifier
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.registry import MODELS

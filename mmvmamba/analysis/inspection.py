@@ -15,8 +15,9 @@ from mmengine.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmvmamba.analysis.measured import PEERS, image_channels
 from mmvmamba.analysis.pictures import build_loader, test_steps
-from mmvmamba.analysis.subjects import PEERS, find_subject, image_channels, is_config
+from mmvmamba.analysis.subjects import find_subject, is_config
 from mmvmamba.datasets.own_data import SUFFIXES
 from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError

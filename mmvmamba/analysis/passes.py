@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmvmamba.analysis.subjects import Ranked, image_channels, random_images, tensors
+from mmvmamba.analysis.measured import Ranked, image_channels, random_images, tensors
 from mmvmamba.models import VMamba
 from mmvmamba.models.vmamba import COMPILE_OPTIONS
 

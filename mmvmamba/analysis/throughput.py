@@ -18,8 +18,8 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from mmvmamba.analysis.measured import Subject, number_of_parameters, silence
 from mmvmamba.analysis.passes import MEMORY_FORMATS, Case, Step, tf32
-from mmvmamba.analysis.subjects import Subject, number_of_parameters, silence
 
 ROUNDS = 5
 

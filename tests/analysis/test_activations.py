@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from mmvmamba.analysis.activations import count_activations, saved_bytes
+from mmvmamba.analysis.measured import Subject
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.reports import activations_panels, activations_tables, make_figure
-from mmvmamba.analysis.subjects import Subject, find_subject
+from mmvmamba.analysis.subjects import find_subject
 from mmvmamba.models import VMamba
 
 

@@ -9,10 +9,11 @@ from PIL import Image
 from mmvmamba.analysis.activations import count_activations
 from mmvmamba.analysis.flops import count_config
 from mmvmamba.analysis.inspection import image_reader, read_image, shown
+from mmvmamba.analysis.measured import image_channels
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.pictures import as_picture, predict_and_draw, training_samples
 from mmvmamba.analysis.scale_up import Study, measure_cost
-from mmvmamba.analysis.subjects import find_subject, image_channels
+from mmvmamba.analysis.subjects import find_subject
 from mmvmamba.analysis.throughput import measure_case
 from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError

@@ -13,15 +13,9 @@ from rich.console import Console
 from torch import nn
 
 from mmvmamba.analysis import passes, reports, throughput
+from mmvmamba.analysis.measured import PEERS, Ranked, Subject, silence
 from mmvmamba.analysis.passes import Case
-from mmvmamba.analysis.subjects import (
-    PEERS,
-    Ranked,
-    Subject,
-    build_classifier,
-    find_subject,
-    silence,
-)
+from mmvmamba.analysis.subjects import build_classifier, find_subject
 from mmvmamba.analysis.throughput import Result, measure_case
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models import VMamba

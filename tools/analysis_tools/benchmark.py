@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmvmamba.analysis.activations import Activations, count_activations
+from mmvmamba.analysis.measured import PEERS, Subject
 from mmvmamba.analysis.passes import EXECUTIONS, MEMORY_FORMATS, PASSES, PRECISIONS, Case
 from mmvmamba.analysis.reports import (
     activations_panels,
@@ -26,7 +27,7 @@ from mmvmamba.analysis.reports import (
     throughput_table,
     write_section,
 )
-from mmvmamba.analysis.subjects import PEERS, Subject, find_subject
+from mmvmamba.analysis.subjects import find_subject
 from mmvmamba.analysis.throughput import ROUNDS, Result, measure_case
 from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError

@@ -24,8 +24,8 @@ from mmvmamba.analysis.inspection import (
     image_reader,
     save_figure,
 )
+from mmvmamba.analysis.measured import image_channels, random_images
 from mmvmamba.analysis.reports import Table
-from mmvmamba.analysis.subjects import image_channels, random_images
 from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
