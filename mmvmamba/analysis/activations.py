@@ -8,7 +8,7 @@ what a kernel needs for a moment, and what gradient checkpointing computes again
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from mmvmamba.analysis.measured import (
     tensors,
 )
 from mmvmamba.analysis.passes import AUTOCAST_DTYPES, MEMORY_FORMATS, Case
+from mmvmamba.models.precompile import autocast_anywhere
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def count_activations(
         images = images.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
         try:
             dtype = AUTOCAST_DTYPES.get(case.precision)
-            with _autocast(device, dtype), _attention(device, dtype):
+            with autocast_anywhere(dtype, device), _attention(device, dtype):
                 saved = saved_bytes(
                     lambda: functional_call(model, state, (images,)), state.values()
                 )
@@ -169,25 +170,3 @@ class _FusedAttention(TorchFunctionMode):
         query, key, value = (t.to(self.dtype or t.dtype) for t in (query, key, value))
         fused = torch.ops.aten._scaled_dot_product_efficient_attention
         return fused(query, key, value, attn_mask, True, dropout_p, is_causal)[0]
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> AbstractContextManager:
-    if dtype is None:
-        return nullcontext()
-    return _autocast_anywhere(device, dtype)
-
-
-@contextmanager
-def _autocast_anywhere(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast for a device that need not be there, where `torch.autocast` switches itself off."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, True)
-    torch.set_autocast_dtype(device, dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])

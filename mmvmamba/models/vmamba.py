@@ -25,6 +25,7 @@ from mmvmamba.models.layers import (
     build_norm,
     build_stem,
 )
+from mmvmamba.models.precompile import prepare
 from mmvmamba.models.ss2d import INITS, SCANS, SS2D, InitName, Mamba2Mixer, ScanName
 from mmvmamba.registry import MODELS
 
@@ -351,6 +352,17 @@ class VMamba(BaseModule):
             raise ArgumentError(f"arch={arch!r} lacks {' and '.join(missing)}.")
         return Arch(**arch)
 
+    @staticmethod
+    def of_one_block_a_stage(arch: "str | Arch", in_channels: int = 3) -> "VMamba":
+        """A backbone that calls the same kernels as an architecture's own and is made sooner.
+
+        Raises:
+            ArgumentError: If there is no such architecture.
+        """
+        arch = arch if isinstance(arch, Arch) else VMamba.find_arch(arch)
+        short = dataclasses.replace(arch, depths=[1] * len(arch.depths))
+        return VMamba(dataclasses.asdict(short), in_channels=in_channels)
+
     def _build_block(self, stage: int, drop_path: float, with_cp: bool) -> VSSBlock:
         arch = self.arch
         dim, rank = arch.dims[stage], arch.rank(stage)
@@ -407,6 +419,7 @@ class VMamba(BaseModule):
                 f"(stem={self.arch.stem!r}, downsample={self.arch.downsample!r}) needs at least "
                 f"{least}x{least}. Resize or pad them."
             )
+        prepare(self, x)
         # Channels last in memory, in words that vmap knows.
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
         outs = []

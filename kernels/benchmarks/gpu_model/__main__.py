@@ -2,7 +2,7 @@
 
 predict     milliseconds of the scan core's kernels at the six shapes
 profile     where one warp of one kernel waits
-count       launches, registers and instructions; distinct kernels that are compiled
+count       launches, registers and instructions
 calibrate   the model against times that were measured
 """
 

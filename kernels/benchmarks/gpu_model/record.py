@@ -48,21 +48,9 @@ def core_arguments(shape: tuple[int, ...], states: int) -> dict[str, torch.Tenso
     }
 
 
-def _product_modules():
-    from mmvmamba_kernels.backends.triton import scan
-    from mmvmamba_kernels.depthwise_conv import triton_impl as convolution
-    from mmvmamba_kernels.layer_norm import triton_impl as norm
-
-    return scan, norm, convolution
-
-
 def core_launches(shape: tuple[int, ...], states: int = 1) -> dict[str, list[Launch]]:
     """What ``selective_scan_2d_norm`` launches, by phase."""
-    with recording(*_product_modules()) as log:
-        return _core_launches(log, shape, states)
-
-
-def _core_launches(log: list[Launch], shape: tuple[int, ...], states: int):
+    from mmvmamba_kernels.backends.triton import scan as walks
     from mmvmamba_kernels.layer_norm import triton_impl as norm
     from mmvmamba_kernels.selective_scan_2d import triton_impl as scan
     from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
@@ -71,73 +59,17 @@ def _core_launches(log: list[Launch], shape: tuple[int, ...], states: int):
     weight = meta(shape[3], dtype=torch.float32)
     low = torch.bfloat16
     launches = {}
-    for train in (False, True):
-        log.clear()
-        parts, carries = scan.forward_parts(arguments, save_carries=train)
-        total, out, statistics = norm.normalise_sum(parts, weight, weight, 1e-5, low, low, train)
-        launches[PHASES[train]] = list(log)
-    log.clear()
-    grad, *_ = norm.backward(None, out, total, statistics, None, weight, weight, None)
-    scan.backward(grad, carries, arguments)
-    launches[PHASES[2]] = list(log)
-    log.clear()
-    return launches
-
-
-def model_launches(
-    batch: int, side: int, train: bool, stream: torch.dtype = torch.bfloat16
-) -> list[Launch]:
-    """One launch of every kind in a step of VMamba-T on square images.
-
-    Args:
-        batch: Images.
-        side: Of an image, in pixels.
-        train: Forward and backward, and not only forward.
-        stream: Dtype of the residual stream.
-    """
-    low, wide = torch.bfloat16, torch.float32
-    with recording(*_product_modules()) as log:
-        from mmvmamba_kernels.depthwise_conv import triton_impl as convolution
-        from mmvmamba_kernels.depthwise_conv.arguments import Arguments
-        from mmvmamba_kernels.layer_norm import triton_impl as norm
-
-        launches: list[Launch] = []
-        size = side // 4
-        for stage, channels in enumerate((96, 192, 384, 768)):
-            weight = meta(channels, dtype=wide)
-            if stage:
-                size = (size + 1) // 2
-            else:
-                half = meta(channels // 2, dtype=wide)
-                norm.forward(
-                    meta(batch, 2 * size, 2 * size, channels // 2),
-                    None,
-                    None,
-                    half,
-                    half,
-                    1e-5,
-                    low,
-                )
-            shape = (batch, size, size, channels)
-            x, branch = meta(*shape, dtype=stream), meta(*shape)
-            norm.forward(branch, None, None, weight, weight, 1e-5, stream)
-            _, out, statistics = norm.forward(x, None, None, weight, weight, 1e-5, low)
-            if train:
-                norm.backward(None, out, x, statistics, None, weight, weight, None)
-            taps = meta(channels, 1, 3, 3)
-            filters = Arguments(branch, taps, None, "silu")
-            y, saved = convolution.forward(filters, train)
-            if train:
-                convolution.backward(y, saved, filters)
-            for scale in (None, meta(batch, dtype=wide)) if train else (None,):
-                total, _, statistics = norm.forward(x, branch, scale, weight, weight, 1e-5, low)
-                if train:
-                    to = None if scale is None and stream == low else low
-                    norm.backward(total, total, total, statistics, scale, weight, weight, to)
-            launches += log
-            core = _core_launches(log, shape, states=1)
-            for phase in PHASES[1:] if train else PHASES[:1]:
-                launches += core[phase]
+    with recording(walks, norm) as log:
+        for train in (False, True):
+            parts, carries = scan.forward_parts(arguments, save_carries=train)
+            total, out, statistics = norm.normalise_sum(
+                parts, weight, weight, 1e-5, low, low, train
+            )
+            launches[PHASES[train]] = list(log)
+            log.clear()
+        grad, *_ = norm.backward(None, out, total, statistics, None, weight, weight, None)
+        scan.backward(grad, carries, arguments)
+        launches[PHASES[2]] = list(log)
     return launches
 
 

@@ -31,6 +31,7 @@ from mmvmamba_kernels.backends.triton.scan_kernels import (
 )
 from mmvmamba_kernels.backends.triton.support import (
     interpreting,
+    is_aligned,
     lanes,
     multiprocessors,
     on_device,
@@ -203,7 +204,7 @@ class _Launch:
         reach = layout.height * layout.width * max(layout.stride, self.directions * width)
         compute = tl.float64 if operands.dtype == torch.float64 else tl.float32
         # Two numbers of 16 bits are read as one word.
-        packed = proj.element_size() == 2 and layout.low_rank % 2 == 0 and proj.data_ptr() % 4 == 0
+        packed = proj.element_size() == 2 and layout.low_rank % 2 == 0 and is_aligned(proj, 4)
         self.constants = {
             "K": self.directions,
             "N": layout.states,

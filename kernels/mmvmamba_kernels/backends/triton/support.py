@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from mmvmamba_kernels import rehearsal
 from mmvmamba_kernels.dispatch import Problem
 
 DEVICES = ("cuda", "xpu")
@@ -50,6 +51,17 @@ def can_run(problem: Problem) -> str | None:
     return None
 
 
+def compile_hook() -> tuple[object, str]:
+    """Where Triton looks for what it calls before it compiles: an object and its attribute."""
+    import triton
+
+    # Until Triton 3.4 it is an attribute of all functions.
+    knobs = getattr(triton, "knobs", None)
+    return (
+        (triton.JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
+    )
+
+
 @functools.cache
 def _refuse_to_compile_in_capture() -> None:
     """Let kernels of this package that a CUDA graph's capture would compile be refused.
@@ -57,13 +69,7 @@ def _refuse_to_compile_in_capture() -> None:
     To compile takes seconds, and loads code, which a capture forbids with a message that says
     nothing of kernels.
     """
-    import triton
-
-    # Until Triton 3.4 it is an attribute of all functions.
-    knobs = getattr(triton, "knobs", None)
-    owner, name = (
-        (triton.JITFunction, "cache_hook") if knobs is None else (knobs.runtime, "jit_cache_hook")
-    )
+    owner, name = compile_hook()
     before = getattr(owner, name)
 
     def hook(*args, **details):
@@ -89,17 +95,24 @@ def lanes(device: torch.device) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """A context in which kernels are launched on the tensor's device."""
-    if tensor.device.type in DEVICES:
+    if tensor.device.type in DEVICES and not rehearsal.active():
         if tensor.is_cuda:
             _refuse_to_compile_in_capture()
         return torch.get_device_module(tensor.device).device(tensor.device)
     return nullcontext()
 
 
+def is_aligned(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor starts at a multiple of so many bytes; new ones do."""
+    return rehearsal.active() or tensor.data_ptr() % size == 0
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; one in the interpreter."""
     if interpreting():
         return 1
+    if rehearsal.active():
+        return rehearsal.PROCESSORS
     index = device.index
     if index is None:
         index = torch.get_device_module(device).current_device()
