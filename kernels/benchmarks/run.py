@@ -31,37 +31,10 @@ from torch import Tensor
 
 import mmvmamba_kernels
 from mmvmamba_kernels import BackendError, available_backends
-from mmvmamba_kernels.testing import (
-    add_layer_norm_arguments,
-    add_layer_norm_oracle,
-    depthwise_conv_arguments,
-    depthwise_conv_oracle,
-    errors,
-    output_and_gradients,
-    selective_scan_2d_arguments,
-    selective_scan_2d_norm_arguments,
-    selective_scan_2d_norm_oracle,
-    selective_scan_2d_oracle,
-    selective_scan_arguments,
-    selective_scan_oracle,
-)
+from mmvmamba_kernels.testing import ARGUMENTS, ORACLES, errors, output_and_gradients
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-ORACLES = {
-    "selective_scan_2d": selective_scan_2d_oracle,
-    "selective_scan_2d_norm": selective_scan_2d_norm_oracle,
-    "selective_scan": selective_scan_oracle,
-    "depthwise_conv": depthwise_conv_oracle,
-    "add_layer_norm": lambda **tensors: add_layer_norm_oracle(**tensors)[1],
-}
-ARGUMENTS = {
-    "selective_scan_2d": selective_scan_2d_arguments,
-    "selective_scan_2d_norm": selective_scan_2d_norm_arguments,
-    "selective_scan": selective_scan_arguments,
-    "depthwise_conv": depthwise_conv_arguments,
-    "add_layer_norm": add_layer_norm_arguments,
-}
 OPTIONS = {
     "selective_scan_2d": {},
     "selective_scan_2d_norm": {},
@@ -289,7 +262,7 @@ def append(path: Path, row: Row) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    parser.add_argument("--op", choices=list(ORACLES), default="selective_scan_2d")
+    parser.add_argument("--op", choices=list(PARAMETERS), default="selective_scan_2d")
     parser.add_argument(
         "--suite",
         choices=["models", "lengths", "states"],

@@ -314,6 +314,27 @@ def add_layer_norm_arguments(
     return _cast(tensors, dtype, device)
 
 
+ARGUMENTS = {
+    "selective_scan_2d": selective_scan_2d_arguments,
+    "selective_scan_2d_norm": selective_scan_2d_norm_arguments,
+    "selective_scan": selective_scan_arguments,
+    "state_space_dual": state_space_dual_arguments,
+    "depthwise_conv": depthwise_conv_arguments,
+    "add_layer_norm": add_layer_norm_arguments,
+}
+"""Random arguments by operator."""
+
+ORACLES = {
+    "selective_scan_2d": selective_scan_2d_oracle,
+    "selective_scan_2d_norm": selective_scan_2d_norm_oracle,
+    "selective_scan": selective_scan_oracle,
+    "state_space_dual": state_space_dual_oracle,
+    "depthwise_conv": depthwise_conv_oracle,
+    "add_layer_norm": lambda **tensors: add_layer_norm_oracle(**tensors)[1],
+}
+"""The definition by operator, from its arguments to its output."""
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected value; infinite if not finite."""
     actual, expected = actual.double(), expected.double()

@@ -11,6 +11,7 @@ import torch
 from mmvmamba_kernels.backends.triton.support import interpreting
 
 FILES = [
+    "test_acceptance.py",
     "test_triton.py",
     "test_depthwise_conv.py",
     "test_layer_norm.py",

@@ -1,0 +1,1 @@
+"""The acceptance run of a machine with a GPU."""
