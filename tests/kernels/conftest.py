@@ -46,9 +46,7 @@ def _block(element_ty, shape) -> tuple:
 
 def _same_shape(general):
     """The comparison of a shape, with a list without making another shape of it."""
-    return lambda self, other: (
-        self.values == other if type(other) is list else general(self, other)
-    )
+    return lambda self, other: self.values == other if type(other) is list else general(self, other)
 
 
 if interpreting():
