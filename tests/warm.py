@@ -36,7 +36,7 @@ TASKS = (
     *("mmdet.visualization", "mmseg.visualization", "mmpretrain.visualization"),
     *("pkg_resources", "setuptools.dist", "matplotlib.backends.backend_agg", "quick"),
 )
-LAUNCHER = "mmvmamba.engine.launch"
+LAUNCHERS = {"mmvmamba.engine.launch", "torch.distributed.run"}
 # Stands in for the Python of a shell script, to know what that would start.
 RECORDER = """#!/bin/sh
 if [ "$1" = -c ]; then exit; fi
@@ -254,7 +254,7 @@ def become(request: dict, streams: list[int]) -> None:
     if arguments[0] == "-u":
         arguments = arguments[1:]
         sys.stdout.reconfigure(write_through=True)
-    if LAUNCHER in arguments:
+    if LAUNCHERS & set(arguments):
         serve_launcher()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A process group that is still at work aborts the process at the very end.

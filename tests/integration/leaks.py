@@ -1,6 +1,7 @@
-"""Long runs in a process of their own, and what the process holds on the way.
+"""Long runs in processes of their own, and what each process holds on the way.
 
-`python leaks.py RUN STEPS OUT [SAMPLE_DATA]` writes one line of JSON for each `Sample`.
+`python leaks.py FOLDER SAMPLE_DATA RUN STEPS [RUN STEPS]...` writes one line of JSON for each
+`Sample`, of each run to samples.jsonl in FOLDER/RUN.
 """
 
 import ctypes
@@ -33,10 +34,7 @@ BACKBONE = {"dims": 16, "depths": (1, 1, 1, 1)}
 # Of the sample data's training split.
 IMAGES = 4
 
-SAMPLES = 40
-
-# Sides of the images, in pixels: all of them, so that hardly two images are of one size.
-SIDES = range(32, 257)
+SAMPLES, SAMPLES_FILE = 40, "samples.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,10 @@ class Sample:
     threads: int
 
     @classmethod
-    def read(cls, path: Path) -> list["Sample"]:
-        """The samples in a file."""
-        return [cls(**json.loads(line)) for line in path.read_text().splitlines()]
+    def read(cls, folder: Path) -> list["Sample"]:
+        """The samples in a run's folder."""
+        lines = (folder / SAMPLES_FILE).read_text().splitlines()
+        return [cls(**json.loads(line)) for line in lines]
 
 
 class _MallInfo2(ctypes.Structure):
@@ -127,9 +126,10 @@ class Recorder(Hook):
         self.count()
 
 
-def size() -> tuple[int, int]:
-    """A height and a width."""
-    return random.choice(SIDES), random.choice(SIDES)
+def size(steps: int) -> tuple[int, int]:
+    """A height and a width, of so many that hardly two images of a run are of one size."""
+    sides = range(32, 257 if steps > 1000 else 129)
+    return random.choice(sides), random.choice(sides)
 
 
 def train_backbone(steps: int) -> Iterator[None]:
@@ -138,7 +138,7 @@ def train_backbone(steps: int) -> Iterator[None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(steps):
         optimizer.zero_grad()
-        outs = model(torch.randn(random.choice((1, 2)), 3, *size()))
+        outs = model(torch.randn(random.choice((1, 2)), 3, *size(steps)))
         sum(out.square().mean() for out in outs).backward()
         optimizer.step()
         del outs
@@ -150,7 +150,7 @@ def infer_backbone(steps: int) -> Iterator[None]:
     model = VMamba(BACKBONE).eval()
     for _ in range(steps):
         with torch.no_grad():
-            model(torch.randn(random.choice((1, 2)), 3, *size()))
+            model(torch.randn(random.choice((1, 2)), 3, *size(steps)))
         yield
 
 
@@ -173,7 +173,7 @@ def load_config(name: str, sample_data: Path, work_dir: Path) -> Config:
     if name == "mmseg":
         cfg.model.data_preprocessor.update(size=None, size_divisor=1)
     resized = {
-        "train": {"scale": (96, 96), "ratio_range": (0.5, 1.5), "type": "RandomResize"},
+        "train": {"scale": (64, 64), "ratio_range": (0.5, 1.5), "type": "RandomResize"},
         "test": {"scale_factor": 1.0, "type": "Resize"},
     }
     for split, resize in resized.items():
@@ -227,21 +227,14 @@ def infer(name: str, steps: int, sample_data: Path, work_dir: Path) -> Iterator[
         call(np.zeros((32, 32, 3), np.uint8))
     generator = np.random.default_rng(0)
     for call in itertools.islice(itertools.cycle(calls), steps):
-        call(generator.integers(0, 256, (*size(), 3), dtype=np.uint8))
+        call(generator.integers(0, 256, (*size(steps), 3), dtype=np.uint8))
         yield
 
 
-def main() -> None:
-    """Makes the run that the command line names."""
-    run, steps, out, sample_data = sys.argv[1:]
-    what, name = run.split("-")
-    steps, out, sample_data = int(steps), Path(out), Path(sample_data)
+def make(what: str, name: str, steps: int, out: Path, sample_data: Path) -> None:
+    """Makes a run."""
     random.seed(0)
     torch.manual_seed(0)
-    quick.quicken()
-    # What is there before the first step is not looked through for every sample.
-    gc.collect()
-    gc.freeze()
     recorder = Recorder(steps, out)
     if what == "train" and name != "backbone":
         train(name, recorder, steps, sample_data)
@@ -254,6 +247,24 @@ def main() -> None:
         )
     for _ in done:
         recorder.count()
+
+
+def main() -> None:
+    """Makes the runs that the command line names, each in a fork of this process."""
+    folder, sample_data, *runs = sys.argv[1:]
+    quick.quicken()
+    # What is there before the first step is not looked through for every sample.
+    gc.collect()
+    gc.freeze()
+    for run, steps in zip(runs[::2], map(int, runs[1::2]), strict=True):
+        out = Path(folder, run, SAMPLES_FILE)
+        out.parent.mkdir()
+        process = os.fork()
+        if not process:
+            make(*run.split("-"), steps, out, Path(sample_data))
+            return
+        if os.waitpid(process, 0)[1]:
+            sys.exit(f"{run} failed; its error stands above")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ OPENMIM = (
     *("openmim==0.3.9", "colorama", "pandas", "python-dateutil", "six", "tabulate"),
     *("requests", "certifi", "charset-normalizer", "idna", "urllib3"),
 )
-OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet")
+# A module is compiled when it is imported, which few of them are.
+INSTALL = ("-m", "pip", "install", "--no-deps", "--no-compile", "--quiet")
+OFFLINE = ("--no-build-isolation", "--no-index")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkout(project, weights, tmp_path_factory) -> Path:
     """A copy of the checkout whose index has one more model: the sample, with weights."""
-    copy = tmp_path_factory.mktemp("checkout") / "mmvmamba"
+    copy = tmp_path_factory.mktemp("checkout").resolve() / "mmvmamba"
     shutil.copytree(project, copy, ignore=LEFT_OUT)
     entry = {
         "Name": NAME,
@@ -73,14 +75,14 @@ def make_environment(folder: Path) -> Path:
 
 
 def install(python: Path, *arguments: str | Path) -> None:
-    run(python, "-m", "pip", "install", *OFFLINE, *arguments, cwd=python.parent, PYTHONPATH="")
+    run(python, *INSTALL, *OFFLINE, *arguments, cwd=python.parent, PYTHONPATH="")
 
 
 @pytest.fixture(scope="module")
 def in_wheel(checkout, tmp_path_factory) -> Path:
     """The Python of an environment with a wheel."""
     folder = tmp_path_factory.mktemp("wheel")
-    build = ("-m", "pip", "wheel", *OFFLINE, "-w", folder, checkout)
+    build = ("-m", "pip", "wheel", "--no-deps", "--quiet", *OFFLINE, "-w", folder, checkout)
     run_python(*build, cwd=folder, cold=True)
     python = make_environment(folder / "environment")
     install(python, next(folder.glob("mmvmamba-*.whl")))
@@ -95,27 +97,35 @@ def in_editable(checkout, tmp_path_factory) -> Path:
     return python
 
 
-WHERE = """
-import json, sys, mmvmamba, mmvmamba_kernels
+# Where the packages are, without importing them, which takes seconds.
+PACKAGES = """
+import json
+from importlib.util import find_spec
+print(json.dumps([find_spec(name).origin for name in ("mmvmamba", "mmvmamba_kernels")]))
+"""
+PROJECT_CONFIG_AND_HELP = """
+import runpy, sys
 from mmvmamba.engine.cli import load_config, project_folder
-found = [mmvmamba.__file__, mmvmamba_kernels.__file__, str(project_folder())]
-print(json.dumps([*found, *(load_config(name).filename for name in sys.argv[1:])]))
+print(json.dumps([str(project_folder()), load_config(sys.argv[1]).filename]))
+sys.argv = [sys.argv[2], "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def where(python: Path, cwd: Path, *configs: str) -> list[Path]:
-    """Where an environment finds the two packages, the project's folder and configs."""
-    out = run(python, "-c", WHERE, *configs, cwd=cwd, PYTHONPATH="").stdout
-    return [Path(path).resolve() for path in json.loads(out.splitlines()[-1])]
+def printed(python: Path, cwd: Path, code: str, *arguments: str | Path) -> list[Path]:
+    """The paths that a program prints in an environment."""
+    out = run(python, "-c", code, *arguments, cwd=cwd, PYTHONPATH="").stdout
+    lists = [json.loads(line) for line in out.splitlines() if line.startswith('["')]
+    return [Path(path).resolve() for paths in lists for path in paths]
 
 
 def test_a_wheel_trains_from_another_directory(in_wheel, sample_data, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    package, kernels, project = where(in_wheel, elsewhere)
+    package, kernels = (path.parent for path in printed(in_wheel, elsewhere, PACKAGES))
     assert package.is_relative_to(in_wheel.parents[1])
     assert kernels.is_relative_to(in_wheel.parents[1])
-    assert project == package.parent / ".mim"
+    project = package / ".mim"
     assert (project / "model-index.yml").is_file()
 
     arguments = command_line(TASK, project, sample_data, elsewhere / "out")[1:]
@@ -136,20 +146,21 @@ def test_a_wheel_trains_from_another_directory(in_wheel, sample_data, tmp_path):
 def test_an_editable_install_sees_edits(in_editable, checkout, tmp_path):
     edited = checkout / "configs/sample/edited.py"
     edited.write_text("_base_ = './vmamba-sample_imagenet.py'")
-    package, kernels, project, config = where(in_editable, tmp_path, "mmvmamba::sample/edited.py")
-    assert package == (checkout / "mmvmamba/__init__.py").resolve()
-    assert kernels == (checkout / "kernels/mmvmamba_kernels/__init__.py").resolve()
-    assert project == checkout.resolve()
-    assert config == edited.resolve()
-    run(in_editable, checkout / "tools/test.py", "--help", cwd=tmp_path, PYTHONPATH="")
+    code = PACKAGES + PROJECT_CONFIG_AND_HELP
+    arguments = ("mmvmamba::sample/edited.py", checkout / "tools/test.py")
+    assert printed(in_editable, tmp_path, code, *arguments) == [
+        checkout / "mmvmamba/__init__.py",
+        checkout / "kernels/mmvmamba_kernels/__init__.py",
+        checkout,
+        edited,
+    ]
 
 
 @pytest.fixture(scope="module")
 def openmim(tmp_path_factory) -> Path:
     """A folder with openmim, for PYTHONPATH."""
     folder = tmp_path_factory.mktemp("openmim")
-    fetch = ("-m", "pip", "install", "--quiet", "--no-deps", "--target", folder)
-    done = run_python(*fetch, *OPENMIM, cwd=folder, check=False, cold=True)
+    done = run_python(*INSTALL, "--target", folder, *OPENMIM, cwd=folder, check=False, cold=True)
     if done.returncode:
         pytest.skip(f"openmim cannot be fetched: {done.stdout[-300:]}")
     return folder

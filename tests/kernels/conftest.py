@@ -28,7 +28,7 @@ def _share(cls, key, *own):
     """Objects of a class with the same key get what the first of them has, but for their own."""
     make, known = cls.__init__, {}
 
-    def __init__(self, *arguments):
+    def start(self, *arguments):
         name = key(*arguments)
         if name not in known:
             make(self, *arguments)
@@ -36,7 +36,7 @@ def _share(cls, key, *own):
         vars(self).update(known[name])
         vars(self).update(zip(own, arguments, strict=False))
 
-    cls.__init__ = __init__
+    cls.__init__ = start
 
 
 def _block(element_ty, shape) -> tuple:
@@ -46,9 +46,7 @@ def _block(element_ty, shape) -> tuple:
 
 def _same_shape(general):
     """The comparison of a shape, with a list without making another shape of it."""
-    return lambda self, other: (
-        self.values == other if type(other) is list else general(self, other)
-    )
+    return lambda self, other: self.values == other if type(other) is list else general(self, other)
 
 
 if interpreting():
@@ -66,7 +64,7 @@ if interpreting():
     # their types, is made once.
     interpreter._get_np_dtype = _once(interpreter._get_np_dtype, lambda dtype: dtype.name)
     _share(core.block_type, _block)
-    _share(core.tensor, lambda _, type: type.name, "handle")
+    _share(core.tensor, lambda _, kind: kind.name, "handle")
     if hasattr(core, "tuple"):
         core.tuple.__eq__ = _same_shape(core.tuple.__eq__)
     # Until Triton 3.5 they stay there; later a launch removes them when it ends.

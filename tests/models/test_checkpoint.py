@@ -13,6 +13,7 @@ import types
 import golden
 import pytest
 import torch
+import warm
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit
 
@@ -520,13 +521,13 @@ def test_two_processes_fetch_once_and_both_load(server, state, tmp_path):
         "torch.distributed.destroy_process_group()\n"
     )
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, *launch, str(script), f"{address}/weights.pth"],
+        tasks=False,
         env={**os.environ, "TORCH_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         timeout=240,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count(f"keys {len(state)}") == 2
