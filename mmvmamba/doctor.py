@@ -474,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m mmvmamba.doctor",
-        description="Check the installation that mmvmamba runs on, and name the command that mends "
+        description="Check the installation that mmvmamba runs on, and name the command that fixes "
         "each fault. Exit status 0: no errors (there may be warnings: slow, but it works).",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable, on standard output")

@@ -503,7 +503,7 @@ def run(options: argparse.Namespace) -> None:
     ]
     done = read_results(options.out)
     mutants = [mutant for mutant in mutants if mutant["id"] not in done]
-    say(f"{len(mutants)} mutants to run, {len(done)} done before")
+    say(f"{len(mutants)} mutants to run, {len(done)} already done")
     # To an end with everything that this began.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Triton is imported with the variable that it reads then.

@@ -8,7 +8,7 @@ if (($# < 2)); then
 usage: bash tools/dist_train.sh CONFIG PROCESSES [options of tools/train.py]
   bash tools/dist_train.sh configs/mask_rcnn/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py 8 --amp
 Several machines: the same command on each, with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
-With MAX_RESTARTS=20 and --resume a training whose processes die goes on by itself. docs/distributed.md
+With MAX_RESTARTS=20 and --resume a training whose processes die restarts by itself. docs/distributed.md
 USAGE
     exit 2
 fi

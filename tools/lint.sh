@@ -14,12 +14,12 @@ lint() {
     "$@" || fail "$name complains, see above. $advice"
 }
 
-lint 'ruff check' 'Many are mended by: ruff check --fix' ruff check .
-lint 'ruff format' 'Mended by: ruff format' ruff format --check .
-lint 'codespell' 'A name that is right goes to ignore-words-list in pyproject.toml.' codespell
+lint 'ruff check' 'Fix many of them with: ruff check --fix' ruff check .
+lint 'ruff format' 'Fix: ruff format' ruff format --check .
+lint 'codespell' 'Add a correct name to ignore-words-list in pyproject.toml.' codespell
 lint 'shellcheck' 'Its wiki explains each code.' \
     find tools .ci -type f \( -name '*.sh' -o -name run \) \
     -exec shellcheck --external-sources --source-path=SCRIPTDIR {} +
-lint 'clang-format' 'Mended by: clang-format -i FILE' \
+lint 'clang-format' 'Fix: clang-format -i FILE' \
     find kernels -path '*/csrc/*' -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) \
     -exec clang-format --dry-run --Werror {} +

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained Mask R-CNN: sets .venv up, makes the sample data, trains, evaluates
-# and draws. Can be run again at any time; what is done is not done twice.
+# From a fresh clone to a trained Mask R-CNN: creates .venv, makes the sample data, trains, evaluates
+# and draws. Can be run again at any time: finished steps are skipped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -26,7 +26,7 @@ logged() {
         printf '\n' >&2
         tail -n 15 "$LOGS/$name.log" >&2
         printf '\n' >&2
-        fail "$name did not finish; its whole log is $PROJECT_DIR/$LOGS/$name.log. The same command goes on from here."
+        fail "$name did not finish; its whole log is $PROJECT_DIR/$LOGS/$name.log. Run the same command again to continue."
     fi
     printf -- '   finished in %s\n' "$(elapsed $((SECONDS - begin)))"
 }
@@ -41,7 +41,7 @@ printf '== 2/5 sample data (about 1 min)\n'
 python tools/dataset_tools/make_sample_data.py --overwrite
 
 printf '== 3/5 training Mask R-CNN (at most 10 min on two cores)\n'
-# Another recipe or other data is another training: its checkpoints are not gone on from.
+# Another recipe or other data is another training: it does not continue from these checkpoints.
 recipe=$(cat configs/sample/*.py configs/sample/_base_/*.py data/sample/manifest.json | cksum)
 if [[ -d $WORK && $(cat "$WORK/recipe" 2>/dev/null) != "$recipe" ]]; then
     kept=$WORK-$(date +%Y%m%d-%H%M%S)
@@ -51,7 +51,7 @@ fi
 mkdir -p "$WORK"
 printf '%s\n' "$recipe" >"$WORK/recipe"
 if [[ -f $WORK/trained ]]; then
-    printf '   done before: %s\n' "$(<"$WORK/trained")"
+    printf '   already done: %s\n' "$(<"$WORK/trained")"
 else
     # Tested below: the training's own last evaluation would be the same one.
     logged train 'Epoch\(train\)|--resume:|resumed epoch|Saving checkpoint' \

@@ -30,7 +30,7 @@ step() {
     local name=$1 key=$2 duration=$3 title=$4 log=$LOGS/$1.log begin=$SECONDS last=$SECONDS now
     shift 4
     if [[ -f $STAMPS/$name && $(<"$STAMPS/$name") == "$key" ]]; then
-        printf -- '-- %s: done before\n' "$title"
+        printf -- '-- %s: already done\n' "$title"
         return
     fi
     printf -- '-- %s (about %s)\n' "$title" "$duration"
@@ -64,7 +64,7 @@ step() {
     else
         printf '\n%s\n\n' "$(tail -n 15 "$log")" >&2
         advise "$log"
-        fail "step '$title' did not finish; its whole log is $log. The same command goes on from here."
+        fail "step '$title' did not finish; its whole log is $log. Run the same command again to continue."
     fi
     CHILD=
 }
@@ -72,7 +72,7 @@ step() {
 # An interrupted set-up leaves no compiler or download running behind it.
 CHILD=
 trap 'kill -- -${CHILD:-nothing} 2>/dev/null
-    printf "\ninterrupted; the same command goes on from here.\n" >&2; exit 130' INT TERM
+    printf "\ninterrupted; run the same command again to continue.\n" >&2; exit 130' INT TERM
 
 # advise LOG: what to do about a failure that the log tells of.
 advise() {

@@ -187,7 +187,7 @@ def find_section(file: Path, name: str) -> tuple[str, str]:
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if begin not in text or end not in text.partition(begin)[2]:
         raise UsageError(
-            f"{file} has no section {name!r}: put two lines where the tables shall stand, {begin} "
+            f"{file} has no section {name!r}: put two lines where the tables should be, {begin} "
             f"and {end}"
         )
     before, _, rest = text.partition(begin)

@@ -111,7 +111,7 @@ def run_study(
         done = results.setdefault(size, {})
         for part, measure in parts.items():
             if part in done:
-                report(f"{size} pixels, {part}: done before")
+                report(f"{size} pixels, {part}: already done")
                 continue
             report(f"{size} pixels, {part}")
             done[part] = measure(study, size)
@@ -132,7 +132,7 @@ def read_results(study: Study) -> dict[int, dict[str, dict]]:
         known, results = content["study"], content["sizes"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{study.file} is no file of results ({error}): remove it, or choose another folder."
+            f"{study.file} is not a file of results ({error}): remove it, or choose another folder."
         ) from error
     different = [key for key, value in study.identity().items() if known.get(key) != value]
     if different:
@@ -248,7 +248,9 @@ def _test_config(study: Study, checkpoint: str, size: int) -> Config:
     options.cfg_options = dict(study.cfg_options)
     cfg = cli.test_config(options)
     if scope_of(cfg) != "mmpretrain":
-        raise UsageError(f"{study.config} is no classifier's: table 9 is of classifiers.")
+        raise UsageError(
+            f"{study.config} is not a classifier's config: table 9 is about classifiers."
+        )
     set_image_size(cfg, size)
     return cfg
 

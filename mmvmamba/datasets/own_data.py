@@ -88,8 +88,8 @@ def prepare_dataset(task: str, source: Path, out: Path, options: Options) -> Pre
         raise UsageError(f"{source} does not exist (working directory: {Path.cwd()}).")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
-            f"{out} has files already, with which the new ones would be mixed. Delete it, or "
-            "choose another folder."
+            f"{out} already contains files, and the new ones would be mixed with them. Delete it, "
+            "or choose another folder."
         )
     prepare = {"boxes": _prepare_boxes, "masks": _prepare_masks, "images": _prepare_images}[task]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,8 @@ def split(items: Sequence, options: Options, what: str) -> dict[str, list]:
     """
     if len(items) < 2:
         raise DataError(
-            f"{what}: {len(items)} images found; two are the least, one to train and one to "
-            "validate."
+            f"{what}: {len(items)} images found; at least two are needed, one for training "
+            "and one for validation."
         )
     order = list(range(len(items)))
     random.Random(options.seed).shuffle(order)
@@ -222,8 +222,8 @@ def read_labelme(source: Path, ignore: Sequence[str]) -> list[Labelled]:
         content = _read_json(file)
         if not isinstance(content.get("shapes"), list):
             raise DataError(
-                f"{file} is no file of labelme's: it has no 'shapes'. Take it out of {source}, "
-                "which is to hold images and one JSON for each."
+                f"{file} is not a labelme file: it has no 'shapes'. Move it out of {source}, "
+                "which should contain images and one JSON file for each."
             )
         image = _image_of(file, content)
         size = _picture_size(image)
@@ -241,12 +241,12 @@ def read_labelme(source: Path, ignore: Sequence[str]) -> list[Labelled]:
         raise DataError(f"{source} has more than one JSON for the image {twice[0]}.")
     if not found:
         raise DataError(
-            f"{source} has no JSON file of labelme's, no annotations/*.json of COCO's and no "
-            "folders images/ and masks/. docs/own_data.md lists what is read."
+            f"{source} has no labelme JSON file, no COCO file annotations/*.json and no "
+            "folders images/ and masks/. docs/own_data.md lists the supported layouts."
         )
     without = len(set(find_pictures(source)) - {one.file for one in found})
     if without:
-        _warn(f"{without} images in {source} have no JSON and are left out.")
+        _warn(f"{without} images in {source} have no JSON file and are skipped.")
     return found
 
 
@@ -377,8 +377,8 @@ def _find_coco(source: Path) -> tuple[Path, dict] | None:
         raise UsageError(
             f"{source}/annotations has {len(files)} COCO files: name the one to split instead of "
             f"the folder ({', '.join(file.name for file in files)}). If they are train and val "
-            "already, rename them to annotations/train.json and val.json: nothing is to be "
-            "prepared then."
+            "already, rename them to annotations/train.json and val.json: there is nothing to "
+            "prepare then."
         )
     return (files[0], contents[files[0]]) if files else None
 
@@ -386,7 +386,7 @@ def _find_coco(source: Path) -> tuple[Path, dict] | None:
 def _read_coco(file: Path, content: dict, options: Options) -> tuple[dict, dict[int, Path]]:
     """A COCO file's content without what is ignored, and its images' files by id."""
     if not {"images", "annotations", "categories"} <= content.keys():
-        raise DataError(f"{file} is no COCO file: it has no images, annotations or categories.")
+        raise DataError(f"{file} is not a COCO file: it has no images, annotations or categories.")
     categories = [one for one in content["categories"] if one["name"] not in options.ignore]
     classes = _order_classes({one["name"]: file for one in categories}, options)
     if options.classes is not None:
@@ -405,8 +405,8 @@ def _read_coco(file: Path, content: dict, options: Options) -> tuple[dict, dict[
             found = [path for path in found if path.parts[-len(name.parts) :] == name.parts]
         if len(found) != 1:
             raise DataError(
-                f"{file}: its image {str(name)!r} is {len(found)} times below {folder}; once was "
-                "expected. Export with the images (CVAT: 'Save images'), or put them there."
+                f"{file}: its image {str(name)!r} was found {len(found)} times in {folder}, "
+                "expected once. Export with the images (CVAT: 'Save images'), or put them there."
             )
         files[image["id"]] = found[0]
         if name.is_absolute() or ".." in name.parts:
@@ -456,7 +456,7 @@ def _prepare_masks(source: Path, out: Path, options: Options) -> Prepared:
             Image.fromarray(labels).save(target)
     if seen == {0, NO_CLASS} and len(classes) > 1 and (source / masks).is_dir():
         raise DataError(
-            f"the masks have the values 0 and {NO_CLASS} alone. {_meaning(classes, source / masks)}"
+            f"the masks have only the values 0 and {NO_CLASS}. {_meaning(classes, source / masks)}"
         )
     return Prepared(classes, "images", counts, {n: len(part) for n, part in parts.items()}, suffix)
 
@@ -469,8 +469,8 @@ def _one_suffix(items: Sequence[Masked]) -> str:
     if len(suffixes) > 1:
         counted = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
         raise DataError(
-            f"the images are of several kinds ({counted}), and a config has one image_suffix. "
-            "Save all of them as one kind, e.g. as .png."
+            f"the images have several file types ({counted}), and a config has one image_suffix. "
+            "Save all of them in one type, e.g. as .png."
         )
     return next(iter(suffixes))
 
@@ -507,7 +507,7 @@ def _read_masks(images: Path, masks: Path, options: Options) -> tuple[list[str],
             classes = _order_classes(found, options)
     elif options.classes is None:
         raise UsageError(
-            f"{masks} has numbers, which have no names: give them in order, --classes NAME ..."
+            f"{masks} has numbers without names: give the names in order, --classes NAME ..."
         )
     else:
         classes = list(options.classes)
@@ -517,11 +517,13 @@ def _read_masks(images: Path, masks: Path, options: Options) -> tuple[list[str],
         name = file.relative_to(images)
         mask = by_stem.pop(name.with_suffix(""), None)
         if mask is None:
-            raise DataError(f"{file} has no mask in {masks}: add one, or take the image out.")
+            raise DataError(f"{file} has no mask in {masks}: add one, or remove the image.")
         draw = lambda mask=mask, file=file: _read_mask(mask, file, colours, classes)  # noqa: E731
         items.append(Masked(file, PurePosixPath(name), draw))
     if by_stem:
-        raise DataError(f"{next(iter(by_stem.values()))} has no image of its name in {images}.")
+        raise DataError(
+            f"{next(iter(by_stem.values()))} has no image of the same name in {images}."
+        )
     return classes, items
 
 
@@ -554,7 +556,7 @@ def _read_mask(
     labels = np.array(mask)
     if labels.ndim != 2:
         raise DataError(
-            f"{file} is a picture of colours ({mode}), which have no names. Write "
+            f"{file} is a colour picture ({mode}), and its colours have no names. Write "
             f"{file.parent.parent}/labelmap.txt with a line NAME:R,G,B:: for each colour."
         )
     values = np.unique(labels).tolist()
@@ -599,7 +601,9 @@ def _numbered(
 
 def _prepare_images(source: Path, out: Path, options: Options) -> Prepared:
     if not source.is_dir():
-        raise UsageError(f"{source} is no folder; expected one with a folder for each class.")
+        raise UsageError(
+            f"{source} is not a folder; expected a folder with one folder for each class."
+        )
     folders = {
         path.name: path
         for path in sorted(source.iterdir())
@@ -607,8 +611,8 @@ def _prepare_images(source: Path, out: Path, options: Options) -> Prepared:
     }
     if {"train", "val"} <= folders.keys():
         raise UsageError(
-            f"{source} is split already, into {names_of(folders)}: nothing is to be prepared, "
-            "give it to the config as data_root."
+            f"{source} is already split into {names_of(folders)}: there is nothing to prepare, "
+            "use it as data_root in the config."
         )
     classes = _order_classes(folders, options)
     parts: dict[str, list[tuple[str, Path]]] = {"train": [], "val": []}
@@ -621,7 +625,7 @@ def _prepare_images(source: Path, out: Path, options: Options) -> Prepared:
         for part, files in split(find_pictures(folders[name]), options, str(folders[name])).items():
             parts[part] += [(name, file) for file in files]
     if not classes:
-        raise DataError(f"{source} has no folders; expected one for each class.")
+        raise DataError(f"{source} has no folders; expected one folder for each class.")
     for part, items in parts.items():
         for name, file in _tracked(items, f"copying the {part} images"):
             _copy(file, out / part / name / file.relative_to(folders[name]))

@@ -669,7 +669,7 @@ def _prepare(root: Path, params: SampleDataParams, overwrite: bool) -> None:
     links = [name for name in DATA_SETS if (root / name).is_symlink()]
     if links:
         raise SampleDataError(
-            f"in {root}, {', '.join(links)} is a link: what it leads to is left alone; remove the "
+            f"in {root}, {', '.join(links)} is a link: its target is not changed; remove the "
             "link or choose another output folder"
         )
     manifest = read_manifest(root)
@@ -678,7 +678,7 @@ def _prepare(root: Path, params: SampleDataParams, overwrite: bool) -> None:
         if foreign:
             raise SampleDataError(
                 f"{root} already holds {', '.join(foreign)} and no {MANIFEST}: it is not sample "
-                "data and is left alone; choose another output folder"
+                "data and is not changed; choose another output folder"
             )
     elif not _same(manifest, params):
         if manifest["files"] and not overwrite:

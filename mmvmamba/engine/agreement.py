@@ -444,8 +444,8 @@ def check_annotation_file(metric: BaseMetric, dataset: Dataset, split: str) -> N
         if not has_outline(annotation):
             raise UsageError(
                 f"{split}_evaluator evaluates masks (metric='segm'), and annotation "
-                f"{annotation['id']} of image {annotation['image_id']} has none of three points or "
-                "more. Give it one (segmentation), leave it out, or evaluate boxes alone: "
+                f"{annotation['id']} of image {annotation['image_id']} has no mask of three points "
+                "or more. Add one (segmentation), remove the annotation, or evaluate boxes only: "
                 f"{split}_evaluator.metric=bbox."
             )
     datasets = list(base_datasets(dataset))
@@ -467,8 +467,9 @@ def check_annotation_file(metric: BaseMetric, dataset: Dataset, split: str) -> N
         if len(datasets) == 1 and len(used) < len(read):
             print_log(
                 f"the {split} data set gives {len(used)} images, {split}_evaluator counts all "
-                f"{len(read)} of its file: objects of the others are missed. Set test_mode=True, "
-                "leave out filter_cfg and indices, or give the evaluator a file of these images.",
+                f"{len(read)} of its file: objects of the other images count as missed. Set "
+                "test_mode=True, leave out filter_cfg and indices, or give the evaluator a file "
+                "of these images.",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -568,9 +569,9 @@ def naming_single_values() -> Iterator[None]:
 def _single_value(where: str, why: str) -> str:
     return (
         f"{where} maps that are pooled to one pixel over the batch (BN), and {why}: one value per "
-        "channel has no deviation. Set train_dataloader.batch_size to 2 or more, or "
+        "channel has no variance. Set train_dataloader.batch_size to 2 or more, or "
         "train_dataloader.drop_last=True if only the last batch is too small; train on several "
-        "GPUs with norm_cfg=dict(type='SyncBN'); or take a norm of single images in the heads: "
+        "GPUs with norm_cfg=dict(type='SyncBN'); or use a norm of single images in the heads: "
         "norm_cfg=dict(type='GN', num_groups=32)."
     )
 

@@ -191,5 +191,5 @@ def _check_folders(root: str, folders: list[str], classes: Sequence[str]) -> Non
             f"the folders in {root} are not those of classes. Classes without a folder: "
             f"{names_of(without)}{near}; folders of no class: {names_of(unknown)}. The folders: "
             f"{names_of(folders)}; the config's classes: {names_of(classes)}. A class without "
-            "images has an empty folder."
+            "images needs an empty folder."
         )

@@ -104,16 +104,18 @@ def parse_train_arguments(arguments: list[str] | None = None) -> argparse.Namesp
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint; without one, from the newest in the work directory, or "
-        "from the beginning if there is none",
+        help="resume from this checkpoint; without one, from the newest intact one of the work "
+        "directory, or start from the beginning if there is none",
     )
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
-        help="scale the learning rate to the batch size that the processes have together",
+        help="scale the learning rate to the total batch size of all processes",
     )
-    parser.add_argument("--no-validate", action="store_true", help="no validation in between")
+    parser.add_argument(
+        "--no-validate", action="store_true", help="no validation during the training"
+    )
     return _parse(parser, arguments)
 
 
@@ -170,7 +172,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--work-dir", help="folder for logs and checkpoints; ./work_dirs/CONFIG by default"
     )
     parser.add_argument(
-        "--launcher", choices=LAUNCHERS, default="none", help="who starts processes"
+        "--launcher", choices=LAUNCHERS, default="none", help="what starts the processes"
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK instead.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -228,7 +230,7 @@ def _set_resume(cfg: Config, source: str) -> None:
         return
     path, damaged = newest_checkpoint(cfg.work_dir)
     for reason in damaged:
-        _add_notice(cfg, f"--resume: passed over, for an older one: {reason}")
+        _add_notice(cfg, f"--resume: skipped, an older checkpoint is used: {reason}")
     if path is None:
         _add_notice(
             cfg,
@@ -389,8 +391,8 @@ def run_command(command: Callable[[], None], quiet: bool = False) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         exit_for_good(
-            f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}. What was "
-            "written before is whole: make room, and go on with --resume."
+            f"error: {error.strerror}{f' ({error.filename})' if error.filename else ''}. Files "
+            "written before are intact: free some space, and continue with --resume."
         )
     finally:
         logger.setLevel(level)

@@ -114,8 +114,8 @@ def _checked(
             if masks and content and content.shapeless == content.annotations > 0:
                 raise DataError(
                     f"{path}: none of its {content.annotations} objects has a mask of three points "
-                    "or more (segmentation), and the model learns from masks. Give them masks, or "
-                    "take a model of boxes alone, such as Faster R-CNN."
+                    "or more (segmentation), and the model learns from masks. Add masks, or "
+                    "use a model of boxes only, such as Faster R-CNN."
                 )
         elif path and path.is_file() and path.suffix == ".json" and is_main_process():
             _check_own_names(path, one)
@@ -386,7 +386,7 @@ class CheckedPipeline(Compose):
 
     def _leave_out(self, step: str) -> None:
         if not self.training:
-            raise DataError(f"{step} gave nothing, and a test leaves no image out.")
+            raise DataError(f"{step} returned nothing, and a test must not skip an image.")
         self.left_out += 1
         self._in_a_row += 1
         if self._in_a_row > self.patience:
@@ -519,6 +519,6 @@ class LeftOutHook(Hook):
         if count > self._known:
             self._known = count
             runner.logger.warning(
-                f"{count} times so far the pipeline gave nothing for an image, and another was "
+                f"{count} times so far the pipeline returned nothing for an image, and another was "
                 "drawn in its place"
             )

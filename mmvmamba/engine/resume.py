@@ -37,7 +37,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path | None, list[str]]:
         raise CheckpointError(
             f"no checkpoint in {folder} can be resumed from:\n  "
             + "\n  ".join(damaged)
-            + "\nMove them away to begin anew."
+            + "\nMove them away to start from the beginning."
         )
     return None, []
 

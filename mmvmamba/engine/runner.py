@@ -131,9 +131,11 @@ class StrictRunner(Runner):
         if self._load_from is None:
             path, damaged = newest_checkpoint(self.work_dir)
             for reason in damaged:
-                self.logger.warning(f"passed over: {reason}")
+                self.logger.warning(f"skipped: {reason}")
             if path is None:
-                self.logger.warning(f"no checkpoint in {self.work_dir}, training begins anew.")
+                self.logger.warning(
+                    f"no checkpoint in {self.work_dir}: training starts from the beginning."
+                )
                 self._resume = False
                 return
             self._load_from = str(path)
@@ -194,7 +196,7 @@ class StrictRunner(Runner):
         if before not in (None, now):
             self.logger.warning(
                 f"{filename} was saved by {before} processes and is resumed by {now}: with the "
-                "same batch size per process, every step now sees another number of images."
+                "same batch size per process, each step now sees a different number of images."
             )
 
     @master_only
@@ -233,8 +235,8 @@ class StrictRunner(Runner):
             unfinished.unlink(missing_ok=True)
             raise CheckpointError(
                 f"checkpoint {path} was not written: {error.strerror or error}. The training ends "
-                "here; earlier checkpoints are as they were. Make room, or give another "
-                "--work-dir, and go on with --resume."
+                "here; earlier checkpoints are intact. Free some space, or give another "
+                "--work-dir, and continue with --resume."
             ) from error
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:

@@ -175,7 +175,7 @@ def test_results_of_another_study_are_refused(study):
     with pytest.raises(UsageError, match=r"another study.*\n  precision: bf16, now fp32"):
         run_study(settings, (64,))
     settings.file.write_text("{")
-    with pytest.raises(UsageError, match="is no file of results"):
+    with pytest.raises(UsageError, match="is not a file of results"):
         run_study(settings, (64,))
 
 
@@ -208,6 +208,6 @@ def test_command_line(project, study, checkpoint, sample_data, monkeypatch, tmp_
             Path("work_dirs/scale_up/vmamba-sample_imagenet/scale_up.json").read_text()
         )
         assert f"{results['sizes']['64']['accuracy']['accuracy/top1']:.2f}" in out
-    assert "64 pixels, accuracy: done before" in out
+    assert "64 pixels, accuracy: already done" in out
     picture = Path("work_dirs/scale_up/vmamba-sample_imagenet/scale_up.png")
     assert picture.stat().st_size > 10_000

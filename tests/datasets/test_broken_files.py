@@ -258,14 +258,17 @@ def test_images_drawn_anew_are_counted_across_workers(sample_data, tmp_path):
     assert count >= 3
     (path,) = (tmp_path / "work").rglob("*.log")
     last = [line for line in path.read_text().splitlines() if "another was drawn" in line][-1]
-    assert f"{count} times so far the pipeline gave nothing" in last
+    assert f"{count} times so far the pipeline returned nothing" in last
 
 
 def test_a_pipeline_that_gives_nothing_ends(sample_data, tmp_path):
     cfg = small_config("mmpretrain", sample_data / DATA["mmpretrain"])
     for split in ("train", "val"):
         cfg[f"{split}_dataloader"].dataset.max_refetch = 10
-    for split, message in (("train", "number 11 in a row"), ("val", "a test leaves no image out")):
+    for split, message in (
+        ("train", "number 11 in a row"),
+        ("val", "a test must not skip an image"),
+    ):
         loader = build_dataloader(cfg[f"{split}_dataloader"], training=split == "train")
         loader.dataset.pipeline.transforms.insert(0, GiveNothing())
         with pytest.raises(DataError, match=rf"\.JPEG: .*{message}.*"):

@@ -298,9 +298,9 @@ def shapes_of(*shapes: dict, **changes):
 TWO = Options(["background", "road"])
 FAULTS = [
     ("boxes", Path, Options(), r"does not exist"),
-    ("boxes", lambda f: folders(f, a=2), Options(), r"no JSON file of labelme's.*own_data\.md"),
+    ("boxes", lambda f: folders(f, a=2), Options(), r"no labelme JSON file.*own_data\.md"),
     ("boxes", damaged, Options(), r"1\.json is damaged, it is no JSON"),
-    ("boxes", foreign, Options(), r"z\.json is no file of labelme's: it has no 'shapes'"),
+    ("boxes", foreign, Options(), r"z\.json is not a labelme file: it has no 'shapes'"),
     ("boxes", without_image, Options(), r"0\.json: its image .*0\.jpg is not there"),
     (
         "boxes",
@@ -324,23 +324,28 @@ FAULTS = [
         "boxes",
         coco_without_image,
         Options(),
-        r"image 'camera/3\.png' is 0 times below.*Save images",
+        r"image 'camera/3\.png' was found 0 times in.*Save images",
     ),
     ("boxes", two_coco_files, Options(), r"has 2 COCO files: name the one.*instances_val"),
     ("boxes", cvat_boxes, Options(["bolt"]), r"the label 'nut' is not in --classes"),
-    ("masks", map_of((0, 1)), Options(), r"has numbers, which have no names: .*--classes"),
+    ("masks", map_of((0, 1)), Options(), r"has numbers without names: .*--classes"),
     ("masks", map_of((0, 255)), TWO, r"have the values 0 and 255 alone.*labelmap\.txt"),
     ("masks", map_of((0, 128)), TWO, r"[01]\.png has the values 0, 128 for 2 classes.*shades"),
     ("masks", map_of((0, 9), mode="RGB"), TWO, r"[01]\.png is a picture of colours \(RGB\)"),
     ("masks", map_of((0, 1), size=(9, 9)), TWO, r"[01]\.png has 9x9 pixels, .*JPEG has 40x30"),
     ("masks", map_of((0, 9), "road:0,0,0::"), Options(), r"the colour \(9, 9, 9\) is not in"),
     ("masks", map_of((0, 9), "road"), Options(), r"expected NAME:R,G,B::, found 'road'"),
-    ("masks", mixed, TWO, r"of several kinds \(1 \.\w+, 1 \.\w+\).*Save all of them as one"),
+    ("masks", mixed, TWO, r"several file types \(1 \.\w+, 1 \.\w+\).*Save all of them in one"),
     ("masks", without_mask, TWO, r"1\.JPEG has no mask in"),
     ("images", lambda f: folders(f, cat=4, dog=1), Options(), r"dog: 1 images found; two are"),
-    ("images", lambda f: folders(f, train=4, val=4), Options(), r"is split already, into"),
+    ("images", lambda f: folders(f, train=4, val=4), Options(), r"is already split into"),
     ("images", lambda f: folders(f, cat=4), Options(["cat", "dog"]), r"no folder 'dog'"),
-    ("images", lambda f: labelme(f, []), Options(), r"has no folders; expected one for each"),
+    (
+        "images",
+        lambda f: labelme(f, []),
+        Options(),
+        r"has no folders; expected one folder for each",
+    ),
 ]
 
 
@@ -354,5 +359,5 @@ def test_faults_are_named_and_nothing_is_written(task, make, options, message, t
 def test_files_are_not_mixed_with_older_ones(tmp_path):
     source = folders(tmp_path / "in", cat=4)
     prepare_dataset("images", source, tmp_path / "out", Options())
-    with pytest.raises(UsageError, match="has files already"):
+    with pytest.raises(UsageError, match="already contains files"):
         prepare_dataset("images", source, tmp_path / "out", Options())

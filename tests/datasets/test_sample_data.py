@@ -235,7 +235,7 @@ def test_other_parameters_need_overwrite(tmp_path):
 def test_foreign_data_are_left_alone(tmp_path):
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco/mine.txt").write_text("precious")
-    with pytest.raises(SampleDataError, match="left alone"):
+    with pytest.raises(SampleDataError, match="not changed"):
         make_sample_data(tmp_path, TINY, overwrite=True)
     assert (tmp_path / "coco/mine.txt").read_text() == "precious"
 

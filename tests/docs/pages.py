@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Pages whose blocks another test runs, each in its order and with the data that it needs.
+# Pages whose blocks a test of guides runs, each in its order and with the data that it needs.
 FOLLOWED = {
-    "docs/own_data.md": "tests/integration/test_own_data_guide.py",
-    "docs/finetune_classifier.md": "tests/integration/test_own_data_guide.py",
+    page: test.relative_to(PROJECT).as_posix()
+    for test in sorted(PROJECT.glob("tests/integration/test_*guide*.py"))
+    for page in re.findall(r'"(docs/[\w/]+\.md)"', test.read_text(encoding="utf-8"))
 }
 BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<text>.*?)^```$",

@@ -53,7 +53,7 @@ def test_there_are_blocks_of_both_kinds():
     """So that a slip of the pattern is no success."""
     assert len([block for block in RUN if block.language == "python"]) >= 8
     assert len([block for block in BLOCKS if block.language == "bash"]) >= 30
-    assert all((PROJECT / test).is_file() for test in FOLLOWED.values())
+    assert {"docs/own_data.md", "docs/finetune_classifier.md"} <= FOLLOWED.keys()
     assert {"README.md", "docs/get_started.md", *FOLLOWED} <= set(pages())
 
 

@@ -345,7 +345,7 @@ def test_a_set_up_is_done_once_and_a_second_checkout_builds_nothing(machine):
     calls = machine.count("-m ")
     status, out = machine.set_up(first)
     assert status == 0
-    assert out.count("done before") == 5
+    assert out.count("already done") == 5
     assert machine.count("-m ") == calls
     status, out = machine.set_up(second)
     assert status == 0
@@ -402,7 +402,7 @@ def test_without_uv_pip_installs(machine, broken):
     calls = machine.count("")
     status, out = machine.set_up(folder)
     assert status == 0
-    assert out.count("done before") == 5
+    assert out.count("already done") == 5
     assert machine.count("-m ") == sum("-m " in line for line in machine.lines()[:calls])
 
 

@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         if stale:
             sys.exit(
                 f"error: not current: {', '.join(map(str, stale))}. "
-                "Mended by: python tools/misc/make_model_tables.py"
+                "Fix: python tools/misc/make_model_tables.py"
             )
         return
     for path in stale:
