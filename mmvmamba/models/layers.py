@@ -106,15 +106,14 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (B, H, W, out_features).
     """
-    if not runs_as(layer, nn.Linear):
-        return layer(x)
-    weight, bias = layer.weight, layer.bias
     origin = origin_of(x)
-    # Weights that wrap others, such as quantised ones, know linear layers and little else.
-    if origin is not None and not is_traceable_wrapper_subclass(weight):
-        return _linear_of(x, weight, bias, origin)
-    if cpu.serves(x, weight, bias):
-        return _by_convolution(x, weight, bias)
+    if (origin is not None or x.is_cpu) and runs_as(layer, nn.Linear):
+        weight, bias = layer.weight, layer.bias
+        # Weights that wrap others, such as quantised ones, know linear layers and little else.
+        if origin is not None and not is_traceable_wrapper_subclass(weight):
+            return _linear_of(x, weight, bias, origin)
+        if cpu.serves(x, weight, bias):
+            return _by_convolution(x, weight, bias)
     return layer(x)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 # Pages whose blocks another test runs, each in its order and with the data that it needs.
 FOLLOWED = {
+    "docs/building.md": "tests/integration/test_guides.py",
+    "docs/migrate.md": "tests/integration/test_guides.py",
     "docs/own_data.md": "tests/integration/test_own_data_guide.py",
     "docs/finetune_classifier.md": "tests/integration/test_own_data_guide.py",
 }
