@@ -7,6 +7,7 @@ from mmvmamba.compat import (
     read_weights_as_data,
     register_config_scope,
 )
+from mmvmamba.timm import offer_models
 from mmvmamba.version import __version__
 
 __all__ = ["__version__"]
@@ -19,3 +20,4 @@ if not imported_for("mmvmamba.doctor"):
         allow_mmengine_checkpoints()
         read_weights_as_data()
         register_config_scope()
+        offer_models()

@@ -24,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-import mmvmamba_kernels  # noqa: F401 (registers the scans' formulas)
 from mmvmamba.analysis.measured import image_channels
 from mmvmamba.analysis.subjects import PlainModel, build_classifier
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
+from mmvmamba.models.complexity import count_selective_scan_2d
 from mmvmamba.registry import MODELS
 
 # Height and width at which the paper gives each task's FLOPs.
@@ -311,7 +311,7 @@ def _formulas() -> dict:
         aten.upsample_nearest2d: _per_output(1),
         aten.upsample_bilinear2d: _per_output(4),
         aten.grid_sampler_2d: _per_output(4),
-        ours.selective_scan_2d: _with_time_steps(flop_registry[ours.selective_scan_2d]),
+        ours.selective_scan_2d: count_selective_scan_2d,
     }
     # The counter splits an operator into others unless its overload has a formula too.
     formulas |= {op.default: formula for op, formula in formulas.items()}
@@ -344,16 +344,6 @@ def _per_input(factor: Callable[..., int]) -> Callable[..., int]:
 
 def _per_output(factor: int) -> Callable[..., int]:
     return _raw(lambda *_, out_val, **__: out_val.numel() * factor)
-
-
-def _with_time_steps(formula: Callable[..., int]) -> Callable[..., int]:
-    """Adds the product of the low-rank time steps with their weight, which the operator fuses."""
-
-    def flops(x: Tensor, proj: Tensor, dt_weight: Tensor, *args, **kwargs) -> int:
-        positions = prod(proj.shape[:3])
-        return formula(x, proj, dt_weight, *args, **kwargs) + positions * dt_weight.numel()
-
-    return _raw(flops)
 
 
 def plot_flops(

@@ -39,8 +39,8 @@ from mmvmamba.engine.tasks import (
     set_loader_defaults,
     type_name,
 )
+from mmvmamba.models.arguments import ArgumentError
 from mmvmamba.models.checkpoint import CheckpointError
-from mmvmamba.models.vmamba import ArgumentError
 
 CONFIG_HELP = "a config file, or a name such as mmvmamba::mask_rcnn/CONFIG.py"
 NOTICES = "notices"

@@ -42,7 +42,6 @@ from mmvmamba.models.checkpoint import (
     read_checkpoint,
     split_pretrained,
 )
-from mmvmamba.models.layers import BatchNorm
 from mmvmamba.registry import RUNNERS
 
 
@@ -241,11 +240,6 @@ class StrictRunner(Runner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wraps the model for data parallelism, with what the CPU needs where it runs there."""
-        if self.cfg.get("sync_bn") and any(isinstance(m, BatchNorm) for m in model.modules()):
-            raise UsageError(
-                "sync_bn would replace VMamba's batch norms, which are channels-last, by ones that "
-                "are not: leave sync_bn out of the config, or use norm='ln'."
-            )
         if not self.distributed or get_device() != "cpu":
             return super().wrap_model(model_wrapper_cfg, model)
         if self.cfg.get("sync_bn") or any(

@@ -3,11 +3,14 @@
 from importlib import import_module
 
 from mmvmamba.compat import install_command
+from mmvmamba.models.complexity import register_with_mmengine
+from mmvmamba.models.layers import VSSBlock
 from mmvmamba.models.official import MM_VSSM
+from mmvmamba.models.ss2d import SS2D, Mamba2Mixer
 from mmvmamba.models.vmamba import VMamba
 from mmvmamba.registry import MODELS
 
-__all__ = ["MM_VSSM", "VMamba"]
+__all__ = ["MM_VSSM", "SS2D", "Mamba2Mixer", "VMamba", "VSSBlock"]
 
 # Classes made of parts of upstream packages, which take seconds to import and may be missing:
 # name -> (module, upstream package).
@@ -36,3 +39,5 @@ def _register_lazily(name: str, module: str, package: str) -> None:
 
 for _name, _where in NEED_UPSTREAM.items():
     _register_lazily(_name, *_where)
+
+register_with_mmengine()

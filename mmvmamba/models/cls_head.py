@@ -4,7 +4,7 @@ import torch
 from mmpretrain.models.heads import ClsHead
 from torch import Tensor, nn
 
-from mmvmamba.models.layers import NormName, build_norm
+from mmvmamba.models.layers import NormName, build_norm, normalize
 
 
 class VMambaClsHead(ClsHead):
@@ -26,13 +26,15 @@ class VMambaClsHead(ClsHead):
             raise ValueError(f"num_classes={num_classes!r} must be at least 1.")
         self.num_classes = num_classes
         self.norm = build_norm(norm, in_channels)
+        self.norm_kind = norm
         self.head = nn.Linear(in_channels, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
         """The normalised and averaged features, (B, C), of the last of the maps (B, C, H, W)."""
-        return torch.mean(self.norm(feats[-1].permute(0, 2, 3, 1)), dim=(1, 2))
+        x = normalize(self.norm_kind, self.norm, feats[-1].permute(0, 2, 3, 1))
+        return torch.mean(x, dim=(1, 2))
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         """The logits, (B, num_classes)."""

@@ -1,18 +1,23 @@
 """The building blocks of VMamba around the SS2D mixer.
 
-All of them take and return maps in channels-last order, (B, H, W, C).
+All of them take and return maps in channels-last order, (B, H, W, C). Linear layers and batch norms
+are PyTorch's own modules, so that what converts those (quantisation, `convert_sync_batchnorm`,
+adapters) converts these; `project` and `normalize` call them on maps.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.models import cpu
-from mmvmamba.models.recompute import LinearOf, origin_of, with_origin
+from mmvmamba.models.arguments import check_choice
+from mmvmamba.models.recompute import LinearOf, Origin, origin_of, with_origin
 from mmvmamba_kernels import add_layer_norm, layer_norm
 
 NORMS = ("ln", "bn")
@@ -36,37 +41,37 @@ class ToChannelsFirst(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+def fx_leaf(forward: Callable) -> Callable:
+    """Has the tracers of torch.fx record a call of the module, and not what its forward pass does.
+
+    That depends on devices, dtypes and modes, of which the tracers' proxies know nothing.
+    """
+
+    @wraps(forward)
+    def leaf(self: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        return forward(self, x)
+
+    return leaf
+
+
 class KeepsPacked(nn.Module):
-    """A module whose own weights evaluation on a CPU may keep in another layout beside them."""
+    """A module whose weights evaluation on a CPU may keep in another layout beside them."""
 
     def train(self, mode: bool = True):
-        cpu.forget(self.parameters(recurse=False))
+        cpu.forget(self.parameters())
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        cpu.forget(self.parameters(recurse=False))
+        cpu.forget(self.parameters())
         return super()._apply(fn, recurse)
-
-
-class Linear(KeepsPacked, nn.Linear):
-    """A linear layer on the last dimension of (B, H, W, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        origin = origin_of(x)
-        if origin is None:
-            return linear(x, self.weight, self.bias)
-        weight, bias, dtype = self.weight, self.bias, autocast_dtype(x)
-        if dtype is not None:
-            # Converted here and not by autocast, whose copies, made inside a function, have no
-            # gradient but would serve other calls too.
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
 
 class Conv2d(KeepsPacked, nn.Conv2d):
     """A convolution of one group."""
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         rest = self.dilation, self.groups, self.padding_mode
         plain = rest == ((1, 1), 1, "zeros") and not isinstance(self.padding, str)
@@ -91,17 +96,48 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` on the last dimension of (B, H, W, C), by the fastest way the device has.
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)` for a linear layer and a map, by the fastest way the device has.
+
+    Args:
+        layer: An `nn.Linear`; whatever stands in the place of one is called.
+        x: (B, H, W, C).
+
+    Returns:
+        (B, H, W, out_features).
+    """
+    origin = origin_of(x)
+    if (origin is not None or x.is_cpu) and runs_as(layer, nn.Linear):
+        weight, bias = layer.weight, layer.bias
+        # Weights that wrap others, such as quantised ones, know linear layers and little else.
+        if origin is not None and not is_traceable_wrapper_subclass(weight):
+            return _linear_of(x, weight, bias, origin)
+        if cpu.serves(x, weight, bias):
+            return _by_convolution(x, weight, bias)
+    return layer(x)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` on the last dimension of (B, H, W, C), likewise.
 
     Args:
         x: (B, H, W, C).
         weight: (..., C); all dimensions but the last become the result's last.
-        bias: As many numbers as the result has channels, or None.
     """
-    if cpu.serves(x, weight, bias):
-        return _by_convolution(x, weight, bias)
-    return F.linear(x, weight.flatten(0, -2), bias)
+    if cpu.serves(x, weight):
+        return _by_convolution(x, weight, None)
+    return F.linear(x, weight.flatten(0, -2))
+
+
+def _linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -> Tensor:
+    """`F.linear` of an `x` that training does not keep."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        # Converted here and not by autocast, whose copies, made inside a function, have no
+        # gradient but would serve other calls too.
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
 
 
 def _by_convolution(
@@ -170,6 +206,7 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
         function = partial(layer_norm, eps=self.eps, out_dtype=y.dtype)
         return with_origin(y, function, x, self.weight, self.bias)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
         return self.noted(y, x)
@@ -188,21 +225,34 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
         return total, self.noted(y, total)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation of the last dimension of (B, H, W, C)."""
+def build_norm(norm: NormName, channels: int, stream: bool = False) -> nn.Module:
+    """Makes a normalisation for `normalize`; `stream` as `LayerNorm`'s.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
-        x = x + (branch if scale is None else branch * scale.to(branch.dtype).view(-1, 1, 1, 1))
-        return x, self(x)
+    Raises:
+        ArgumentError: If there is no such normalisation.
+    """
+    check_choice("norm", norm, NORMS)
+    return LayerNorm(channels, stream) if norm == "ln" else nn.BatchNorm2d(channels)
 
 
-def build_norm(norm: NormName, channels: int, stream: bool = False) -> LayerNorm | BatchNorm:
-    """Makes a normalisation over the last dimension; `stream` as `LayerNorm`'s."""
-    return LayerNorm(channels, stream) if norm == "ln" else BatchNorm(channels)
+def normalize(kind: NormName, norm: nn.Module, x: Tensor) -> Tensor:
+    """Calls a module that `build_norm(kind, ...)` made, or one in its place, on (B, H, W, C)."""
+    if kind == "ln":
+        return norm(x)
+    return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _norm_steps(norm: NormName, channels: int, last: bool = True) -> list[nn.Module]:
+    """What normalises a convolution's NCHW result, as parts of a sequence.
+
+    The second part has the parameters, and nothing follows it unless it must: the parts' places are
+    the official names. The result is (B, H, W, C) for `last`, which starts a residual stream, else
+    NCHW again.
+    """
+    module = build_norm(norm, channels, stream=last)
+    if norm == "ln":
+        return [ToChannelsLast(), module, *([] if last else [ToChannelsFirst()])]
+    return [nn.Identity(), module, ToChannelsLast() if last else nn.Identity()]
 
 
 class DropPath(nn.Module):
@@ -247,22 +297,18 @@ def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, no
     if version == "v1":
         return nn.Sequential(
             Conv2d(in_channels, channels, kernel_size=4, stride=4),
-            ToChannelsLast(),
-            build_norm(norm, channels, stream=True),
+            *_norm_steps(norm, channels),
         )
     return nn.Sequential(
         Conv2d(in_channels, channels // 2, kernel_size=3, stride=2, padding=1),
-        ToChannelsLast(),
-        build_norm(norm, channels // 2),
-        ToChannelsFirst(),
+        *_norm_steps(norm, channels // 2, last=False),
         nn.GELU(),
         Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1),
-        ToChannelsLast(),
-        build_norm(norm, channels, stream=True),
+        *_norm_steps(norm, channels),
     )
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(KeepsPacked):
     """Halves a map by joining each 2x2 group of positions, as Swin Transformer does.
 
     An odd height or width is padded with zeros.
@@ -270,16 +316,18 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm: NormName):
         super().__init__()
-        self.reduction = Linear(4 * in_channels, out_channels, bias=False)
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
         self.norm = build_norm(norm, 4 * in_channels)
+        self.norm_kind = norm
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         x = x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
         # (B, H/2, row, W/2, column, C): the row offset varies fastest among the four parts.
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3)
-        return self.reduction(self.norm(x))
+        return project(self.reduction, normalize(self.norm_kind, self.norm, x))
 
 
 def build_downsample(
@@ -295,64 +343,74 @@ def build_downsample(
     return nn.Sequential(
         ToChannelsFirst(),
         Conv2d(in_channels, out_channels, kernel_size=kernel, stride=2, padding=padding),
-        ToChannelsLast(),
-        build_norm(norm, out_channels, stream=True),
+        *_norm_steps(norm, out_channels),
     )
 
 
-class Mlp(nn.Module):
+class Mlp(KeepsPacked):
     """Two linear layers with an activation between them, on the last dimension."""
 
     def __init__(self, channels: int, hidden: int, act: ActivationName, drop: float = 0.0):
         super().__init__()
-        self.fc1 = Linear(channels, hidden)
+        check_choice("act", act, ACTIVATIONS)
+        self.fc1 = nn.Linear(channels, hidden)
         self.act = act
-        self.fc2 = Linear(hidden, channels)
+        self.fc2 = nn.Linear(hidden, channels)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        if runs_as(fc1, Linear) and cpu.fuses(x, fc1.weight, fc1.bias):
+        if runs_as(fc1, nn.Linear) and cpu.fuses(x, fc1.weight, fc1.bias):
             hidden = _by_convolution(x, fc1.weight, fc1.bias, self.act)
         else:
-            x = fc1(x)
+            x = project(fc1, x)
             act = ACTIVATIONS[self.act]
             hidden = act(x)
             # The gradient of relu keeps its result, and not what it took.
             if self.act != "relu":
                 hidden = with_origin(hidden, act, x)
-        return self.drop(self.fc2(self.drop(hidden)))
+        return self.drop(project(self.fc2, self.drop(hidden)))
 
 
 class VSSBlock(nn.Module):
     """A visual state-space block (paper, section 4.2 and figure 3 (d)).
 
-    `x + drop_path(mixer(norm(x)))`, then the same with an MLP; vanilla VMamba has no second half.
+    `x + drop_path(op(norm(x)))`, then the same with an MLP; vanilla VMamba has no second half.
 
     Args:
-        channels: Channels of the map.
-        op: The mixer, from (B, H, W, C) to the same shape.
-        norm: Normalisation before the mixer and the MLP.
+        channels: Channels C of the map.
+        op: The mixer, from (B, H, W, C) to the same shape: an `SS2D`, a `Mamba2Mixer`, or any other
+            module.
+        norm: Normalisation before the mixer and the MLP: 'ln' or 'bn'.
         mlp_ratio: Hidden channels of the MLP over `channels`; 0 for no MLP.
-        mlp_act: Activation of the MLP.
+        mlp_act: Activation of the MLP: 'gelu', 'relu' or 'silu'.
         mlp_drop: Dropout rate in the MLP.
         drop_path: Rate at which a sample skips a branch in training.
         with_cp: Whether to recompute the block in the backward pass instead of storing it.
+
+    Raises:
+        ArgumentError: If `norm` or `mlp_act` is unknown.
+
+    Examples:
+        >>> block = VSSBlock(32, SS2D(32))
+        >>> block(torch.zeros(1, 14, 20, 32)).shape
+        torch.Size([1, 14, 20, 32])
     """
 
     def __init__(
         self,
         channels: int,
         op: nn.Module,
-        norm: NormName,
-        mlp_ratio: float,
-        mlp_act: ActivationName,
+        norm: NormName = "ln",
+        mlp_ratio: float = 4.0,
+        mlp_act: ActivationName = "gelu",
         mlp_drop: float = 0.0,
         drop_path: float = 0.0,
         with_cp: bool = False,
     ):
         super().__init__()
         self.norm = build_norm(norm, channels)
+        self.norm_kind = norm
         self.op = op
         self.drop_path = DropPath(drop_path)
         self.mlp = None
@@ -362,16 +420,17 @@ class VSSBlock(nn.Module):
         self.with_cp = with_cp
 
     def _forward(self, x: Tensor) -> Tensor:
-        branch = self.op(self.norm(x))
+        branch = self.op(normalize(self.norm_kind, self.norm, x))
         if self.mlp is None:
             return self.drop_path(x, branch)
-        if runs_as(self.norm2, LayerNorm) or runs_as(self.norm2, BatchNorm):
+        if runs_as(self.norm2, LayerNorm):
             x, normal = self.norm2.of_sum(x, branch, self.drop_path.scale(x))
         else:
             x = self.drop_path(x, branch)
-            normal = self.norm2(x)
+            normal = normalize(self.norm_kind, self.norm2, x)
         return self.drop_path(x, self.mlp(normal))
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(self._forward, x, use_reentrant=False)

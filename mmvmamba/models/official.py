@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from mmvmamba.models.vmamba import ArgumentError, VMamba
+from mmvmamba.models.arguments import ArgumentError
+from mmvmamba.models.vmamba import VMamba
 from mmvmamba.registry import MODELS
 
 # What a forward type says about the architecture beside its gate. v01 to v05 are one function at

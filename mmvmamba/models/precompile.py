@@ -122,7 +122,8 @@ def prepare(model: nn.Module, images: Tensor) -> None:
 
     Compiled kernels stay in Triton's cache on the disk, so that the next process finds them.
     """
-    if not images.is_cuda or needs_dispatcher([images]):
+    # In this order: what torch.fx traces with has no device.
+    if needs_dispatcher([images]) or not images.is_cuda:
         return
     mode = Mode(
         next(model.patch_embed.parameters()).dtype,

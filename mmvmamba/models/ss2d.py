@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvmamba.models import cpu
+from mmvmamba.models.arguments import ArgumentError, check_choice
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     ActivationName,
     KeepsFloat32,
     KeepsPacked,
     LayerNorm,
-    Linear,
     autocast_dtype,
     linear,
+    project,
     runs_as,
 )
 from mmvmamba_kernels import (
@@ -45,7 +46,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
         channels: Channels C of the map.
         d_state: State size N of each channel.
         ssm_ratio: Channels inside the mixer over C.
-        dt_rank: Rank R of the time step's projection.
+        dt_rank: Rank R of the time step's projection; 'auto' is ceil(C / 16).
         scan: The paths along which the map is scanned.
         gated: Whether a second branch multiplies the scan's output (vanilla VMamba).
         dwconv: Whether a depth-wise 3x3 convolution stands before the scan.
@@ -54,6 +55,9 @@ class SS2D(KeepsFloat32, KeepsPacked):
         init: 'mamba' (time steps log-uniform in [1e-3, 1e-1], A = -(1..N)), or 'rand' and 'zero',
             the alternatives of the paper's appendix H.2.
         drop: Dropout rate of the output.
+
+    Raises:
+        ArgumentError: If `scan`, `act` or `init` is unknown.
     """
 
     kept_in_float32 = ("dt_projs_bias", "A_logs", "Ds")
@@ -61,9 +65,9 @@ class SS2D(KeepsFloat32, KeepsPacked):
     def __init__(
         self,
         channels: int,
-        d_state: int,
-        ssm_ratio: float,
-        dt_rank: int,
+        d_state: int = 1,
+        ssm_ratio: float = 1.0,
+        dt_rank: int | Literal["auto"] = "auto",
         scan: ScanName = "cross2d",
         gated: bool = False,
         dwconv: bool = True,
@@ -73,16 +77,21 @@ class SS2D(KeepsFloat32, KeepsPacked):
         drop: float = 0.0,
     ):
         super().__init__()
+        check_choice("scan", scan, SCANS)
+        check_choice("act", act, ACTIVATIONS)
+        check_choice("init", init, INITS)
         inner = int(ssm_ratio * channels)
+        if dt_rank == "auto":
+            dt_rank = math.ceil(channels / 16)
         self.scan, self.gated = scan, gated
         self.dt_rank, self.d_state = dt_rank, d_state
-        self.in_proj = Linear(channels, inner * (2 if gated else 1), bias=False)
+        self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias=False)
         self.conv2d = build_depthwise_conv(inner, dwconv_bias) if dwconv else None
         self.act = act
         self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
         self._init_ssm(inner, d_state, dt_rank, init)
         self.out_norm = LayerNorm(inner)
-        self.out_proj = Linear(inner, channels, bias=False)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
     def _init_ssm(self, inner: int, d_state: int, dt_rank: int, init: InitName) -> None:
@@ -111,13 +120,13 @@ class SS2D(KeepsFloat32, KeepsPacked):
         Returns:
             (B, H, W, C).
         """
-        x = self.in_proj(x)
+        x = project(self.in_proj, x)
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
         y = self._scan(convolve(self.conv2d, self.act, x))
         if self.gated:
             y = y * ACTIVATIONS[self.act](gate)
-        return self.dropout(self.out_proj(y))
+        return self.dropout(project(self.out_proj, y))
 
     def _scan(self, x: Tensor) -> Tensor:
         """The scan and the normalisation of its output."""
@@ -177,7 +186,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
         return parameter.unflatten(0, (DIRECTIONS, -1))
 
 
-class Mamba2Mixer(KeepsFloat32):
+class Mamba2Mixer(KeepsFloat32, KeepsPacked):
     """SS2D with Mamba-2's state-space duality in place of the selective scan.
 
     Channels are grouped into `heads` that share one decay and one time step per position, and the
@@ -187,7 +196,7 @@ class Mamba2Mixer(KeepsFloat32):
         channels: Channels C of the map.
         d_state: State size N.
         ssm_ratio: Channels inside the mixer over C.
-        heads: Number of heads; the inner channels must divide by it.
+        heads: Number of heads; the inner channels must divide by it. 'auto' is ceil(C / 16).
         dwconv: Whether a depth-wise 3x3 convolution stands before the scan.
         dwconv_bias: Whether that convolution has a bias.
         act: Activation before the scan.
@@ -195,7 +204,8 @@ class Mamba2Mixer(KeepsFloat32):
         drop: Dropout rate of the output.
 
     Raises:
-        ValueError: If the inner channels do not divide by `heads`.
+        ArgumentError: If the inner channels do not divide by `heads`, or `act` or `init` is
+            unknown.
     """
 
     kept_in_float32 = ("dt_projs_bias", "A_logs", "Ds")
@@ -203,9 +213,9 @@ class Mamba2Mixer(KeepsFloat32):
     def __init__(
         self,
         channels: int,
-        d_state: int,
-        ssm_ratio: float,
-        heads: int,
+        d_state: int = 64,
+        ssm_ratio: float = 1.0,
+        heads: int | Literal["auto"] = "auto",
         dwconv: bool = True,
         dwconv_bias: bool = False,
         act: ActivationName = "gelu",
@@ -213,14 +223,18 @@ class Mamba2Mixer(KeepsFloat32):
         drop: float = 0.0,
     ):
         super().__init__()
+        check_choice("act", act, ACTIVATIONS)
+        check_choice("init", init, INITS)
         inner = int(ssm_ratio * channels)
+        if heads == "auto":
+            heads = math.ceil(channels / 16)
         if inner % heads:
-            raise ValueError(
+            raise ArgumentError(
                 f"the Mamba-2 mixer has {inner} inner channels, which do not divide into "
                 f"{heads} heads (dt_rank). Choose dt_rank so that it divides ssm_ratio * dims."
             )
         self.heads, self.d_state = heads, d_state
-        self.in_proj = Linear(channels, inner, bias=False)
+        self.in_proj = nn.Linear(channels, inner, bias=False)
         self.conv2d = None
         if dwconv:
             # In a sequence because the official parameter is named `conv2d.1`.
@@ -238,19 +252,20 @@ class Mamba2Mixer(KeepsFloat32):
         self.A_logs = nn.Parameter(a_log)
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS, heads, inner // heads))
         self.out_norm = LayerNorm(inner)
-        self.out_proj = Linear(inner, channels, bias=False)
+        self.out_proj = nn.Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map, (B, H, W, C) to (B, H, W, C)."""
-        x = self.in_proj(x)
+        x = project(self.in_proj, x)
         conv = self.conv2d
         kinds = (nn.Sequential, nn.Identity, nn.Conv2d)
         parts = () if conv is None else (conv, *conv.children())
         if len(parts) == len(kinds) and all(map(runs_as, parts, kinds)):
             conv = conv[1]
         x = convolve(conv, self.act, x)
-        return self.dropout(self.out_proj(self.out_norm(self._scan(x)).to(x.dtype)))
+        y = self.out_norm(self._scan(x)).to(x.dtype)
+        return self.dropout(project(self.out_proj, y))
 
     def _scan(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape

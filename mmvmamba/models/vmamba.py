@@ -10,10 +10,11 @@ from typing import Literal
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmvmamba.models.arguments import ArgumentError, check_choice
 from mmvmamba.models.checkpoint import Channels, LoadReport, load_backbone, split_pretrained
 from mmvmamba.models.layers import (
     ACTIVATIONS,
@@ -24,6 +25,7 @@ from mmvmamba.models.layers import (
     build_downsample,
     build_norm,
     build_stem,
+    normalize,
 )
 from mmvmamba.models.precompile import prepare
 from mmvmamba.models.ss2d import INITS, SCANS, SS2D, InitName, Mamba2Mixer, ScanName
@@ -36,10 +38,6 @@ Inductor's layout pass takes each 4-D tensor on the way from or to a convolution
 are (B, H, W, C), in the best order already: it would lay them out with the height innermost and, in
 training, compile anew for every size of images.
 """
-
-
-class ArgumentError(ValueError):
-    """Raised when an argument of `VMamba` or an attribute of `Arch` cannot be what it is."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,7 @@ class Arch:
             ("stem", ("v1", "v2")),
             ("downsample", ("v1", "v2", "v3")),
         ):
-            value = getattr(self, name)
-            if value not in valid:
-                raise ArgumentError(f"{name}={value!r} is unknown, choose from {', '.join(valid)}.")
+            check_choice(name, getattr(self, name), valid)
         for name in ("ssm_drop", "mlp_drop", "drop_path_rate"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
@@ -299,6 +295,12 @@ class VMamba(BaseModule):
         self.frozen_stages = frozen_stages
         self.in_channels = in_channels
 
+        # Channels, stride and module of each stage's map; timm's name and form.
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"}
+            for i, dim in enumerate(arch.dims)
+        ]
+
         self.patch_embed = build_stem(arch.stem, in_channels, arch.dims[0], arch.norm)
         last = max(sum(arch.depths) - 1, 1)
         rates = (arch.drop_path_rate * i / last for i in itertools.count())
@@ -411,14 +413,7 @@ class VMamba(BaseModule):
             ValueError: If `x` is no such tensor of floating-point numbers, or an image side is
                 smaller than what the stem and the downsampling take.
         """
-        self._check_images(x)
-        least = self.arch.min_size
-        if min(x.shape[-2:]) < least:
-            raise ValueError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} pixels are too small: this backbone "
-                f"(stem={self.arch.stem!r}, downsample={self.arch.downsample!r}) needs at least "
-                f"{least}x{least}. Resize or pad them."
-            )
+        check_images(x, self.in_channels, self.arch.min_size)
         prepare(self, x)
         # Channels last in memory, in words that vmap knows.
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
@@ -426,7 +421,9 @@ class VMamba(BaseModule):
         for i, layer in enumerate(self.layers):
             x = layer.blocks(x)
             if i in self.out_indices:
-                out = getattr(self, f"outnorm{i}")(x) if self.outnorm else x
+                out = x
+                if self.outnorm:
+                    out = normalize(self.arch.norm, getattr(self, f"outnorm{i}"), x)
                 # NCHW in memory too: convolutions pass channels-last strides on, and mmcv 2.1's
                 # operators (RoIAlign among them) read such maps as if they were NCHW, silently.
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
@@ -435,14 +432,25 @@ class VMamba(BaseModule):
             x = layer.downsample(x)
         return tuple(outs)
 
-    def _check_images(self, x: Tensor) -> None:
-        is_image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
-        if not is_image or x.shape[1] != self.in_channels:
-            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
-            raise ValueError(
-                f"VMamba takes floating-point images (B, {self.in_channels}, H, W), got {found}. "
-                "The data_preprocessor of an OpenMMLab model makes them of what a data set gives."
-            )
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last of the maps alone, as timm's models have it."""
+        return self(x)[-1]
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last map; timm's name."""
+        return self.arch.dims[self.out_indices[-1]]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switches `with_cp` of all blocks; timm's name."""
+        for module in self.modules():
+            if isinstance(module, VSSBlock):
+                module.with_cp = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of the scans that Mamba trains without weight decay, for timm's optimisers."""
+        names = ("A_logs", "Ds", "dt_projs_bias")
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 
     def init_weights(self) -> None:
         """Initialises as `init_cfg` says; without one, the constructor's weights stay.
@@ -545,6 +553,33 @@ class VMamba(BaseModule):
             value = state_dict.get(prefix + name)
             if parameter.ndim == 2 and value is not None and value.shape[2:] == (1, 1):
                 state_dict[prefix + name] = value.flatten(1)
+
+
+# To tracers of torch.fx one call, for all sizes.
+@fx.wrap
+def check_images(x: Tensor, channels: int, least: int) -> None:
+    """Checks what a backbone is given.
+
+    Args:
+        x: Expected to be images (B, channels, H, W) of floating-point numbers.
+        channels: Channels of an image.
+        least: The smallest side that the backbone can take, in pixels.
+
+    Raises:
+        ValueError: If it is anything else, or smaller.
+    """
+    is_image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+    if not is_image or x.shape[1] != channels:
+        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
+        raise ValueError(
+            f"VMamba takes floating-point images (B, {channels}, H, W), got {found}. "
+            "The data_preprocessor of an OpenMMLab model makes them of what a data set gives."
+        )
+    if min(x.shape[-2:]) < least:
+        raise ValueError(
+            f"images of {x.shape[-2]}x{x.shape[-1]} pixels are too small: the stem and the "
+            f"downsampling of this backbone need at least {least}x{least}. Resize or pad them."
+        )
 
 
 def _stage_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:

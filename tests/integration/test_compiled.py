@@ -79,11 +79,6 @@ def test_what_torch_compile_does_not_take(options, reason, project, sample_data,
         runner._maybe_compile("train_step")
 
 
-def test_sync_bn_is_refused_for_channels_last_norms(project, sample_data, tmp_path):
-    with pytest.raises(UsageError, match="leave sync_bn out"):
-        build_runner(project, sample_data, tmp_path, "model.backbone.norm=bn", "sync_bn=torch")
-
-
 def build_runner(project, sample_data, tmp_path, *options):
     arguments = command_line(TASKS["mmpretrain"], project, sample_data, tmp_path)
     return cli.build_runner(cli.train_config(cli.parse_train_arguments([*arguments, *options])))

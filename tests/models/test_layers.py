@@ -6,9 +6,30 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba.models import cpu, layers
+
+
+class Projected(layers.KeepsPacked):
+    """A linear layer, called as blocks call theirs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.layer = nn.Linear(*args, **kwargs)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, x):
+        return layers.project(self.layer, x)
+
 
 ROUTES = {"AVX2": (True, False), "AVX-512": (True, True), "PyTorch alone": (False, False)}
 
@@ -46,7 +67,7 @@ def check_against_float64(module, x, function):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_and_gradients_equal_torch_in_float64(shape, bias, route):
     torch.manual_seed(0)
-    check_against_float64(layers.Linear(12, 20, bias=bias), torch.randn(shape), F.linear)
+    check_against_float64(Projected(12, 20, bias=bias), torch.randn(shape), F.linear)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +107,7 @@ def in_place(weight, new):
 def test_evaluation_sees_weights_that_change(change, kind):
     torch.manual_seed(0)
     linear = kind == "linear"
-    module = layers.Linear(96, 192) if linear else layers.Conv2d(96, 64, 3, stride=2, padding=1)
+    module = Projected(96, 192) if linear else layers.Conv2d(96, 64, 3, stride=2, padding=1)
     module.eval()
     x = torch.randn(1, 7, 7, 96) if linear else torch.randn(1, 96, 7, 7)
     with torch.no_grad():
@@ -103,7 +124,7 @@ def test_evaluation_sees_weights_that_change(change, kind):
 
 @needs_packing
 def test_packed_weights_are_dropped_in_training_and_never_saved():
-    module = layers.Linear(96, 192).eval()
+    module = Projected(96, 192).eval()
     x = torch.randn(1, 7, 7, 96)
     with torch.no_grad():
         y = module(x)
@@ -119,7 +140,7 @@ def test_packed_weights_are_dropped_in_training_and_never_saved():
 
 @needs_packing
 def test_packed_weights_do_not_outlive_a_conversion():
-    module = layers.Linear(96, 192).eval()
+    module = Projected(96, 192).eval()
     with torch.no_grad():
         module(torch.randn(1, 7, 7, 96))
     module.double()
@@ -142,7 +163,7 @@ def test_a_convolution_that_was_changed_is_computed_as_it_says(change, route):
 @needs_packing
 def test_packed_weights_serve_one_shape_after_another():
     torch.manual_seed(0)
-    module = layers.Linear(96, 192).eval()
+    module = Projected(96, 192).eval()
     with torch.no_grad():
         for size in ((7, 7), (3, 50), (60, 70), (7, 7)):
             x = torch.randn(2, *size, 96)
@@ -176,7 +197,7 @@ def test_a_fused_activation_is_the_activation_and_hooks_see_what_is_before_it(ac
 
 
 def test_counters_see_the_operations_of_evaluation():
-    module, x = layers.Linear(8, 24).eval(), torch.randn(1, 3, 4, 8)
+    module, x = Projected(8, 24).eval(), torch.randn(1, 3, 4, 8)
     with torch.no_grad():
         module(x)
         with FlopCounterMode(display=False) as counter:
@@ -185,12 +206,12 @@ def test_counters_see_the_operations_of_evaluation():
 
 
 def test_a_channels_last_map_stays_one_without_a_copy():
-    y = layers.Linear(8, 24)(torch.randn(2, 6, 5, 8))
+    y = Projected(8, 24)(torch.randn(2, 6, 5, 8))
     assert y.shape == (2, 6, 5, 24)
     assert y.is_contiguous()
 
 
 def test_other_dtypes_keep_to_the_matrix_product():
-    module = layers.Linear(8, 16).double()
+    module = Projected(8, 16).double()
     x = torch.randn(1, 3, 4, 8, dtype=torch.double)
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=0, atol=0)

@@ -14,11 +14,15 @@ ARCHS = {
 }
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("gradients", "training"), [(False, False), (True, False), (True, True)], ids=str
+)
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_saved_trace_gives_the_same_maps_and_gradients(name, gradients):
+def test_a_saved_trace_gives_the_same_maps_and_gradients(name, gradients, training):
     torch.manual_seed(0)
-    model = VMamba({"dims": 16, "depths": (1, 1)} | ARCHS[name]).eval()
+    arch = {"dims": 16, "depths": (1, 1)} | ARCHS[name]
+    # What is drawn at random would differ between the model and its trace.
+    model = VMamba(arch, drop_path_rate=0.0).train(training)
     image = torch.randn(1, 3, 64, 64)
     with torch.set_grad_enabled(gradients):
         # It traces twice, the second time without gradients, and compares the graphs.
