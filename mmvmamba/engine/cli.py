@@ -41,6 +41,7 @@ from mmvmamba.engine.tasks import (
 )
 from mmvmamba.models.arguments import ArgumentError
 from mmvmamba.models.checkpoint import CheckpointError
+from mmvmamba.models.official import offer_official_name
 
 CONFIG_HELP = "a config file, or a name such as mmvmamba::mask_rcnn/CONFIG.py"
 NOTICES = "notices"
@@ -68,9 +69,15 @@ def load_config(name: str, overrides: Mapping[str, object] | None = None) -> Con
         UsageError: If there is no such config, with the nearest names that exist, or an override
             does not fit it.
     """
-    cfg, notices = read_config(lambda: _load(name), overrides or {})
+    cfg, notices = read_config(lambda: _load_and_offer(name), overrides or {})
     for notice in notices:
         _add_notice(cfg, notice)
+    return cfg
+
+
+def _load_and_offer(name: str) -> Config:
+    cfg = _load(name)
+    offer_official_name()
     return cfg
 
 

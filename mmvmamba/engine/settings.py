@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import type_name
-from mmvmamba.models import MM_VSSM, VMamba
+from mmvmamba.models import VMamba
 
 # The keys of a config that something reads: the runner's arguments, and what runners, hooks and
 # tools, upstream's and ours, look up beside them.
@@ -406,12 +406,11 @@ def _check_backbones(node, where: str) -> None:
         pairs = enumerate(node)
     for key, value in pairs:
         _check_backbones(value, f"{where}.{key}")
-    for kind in (VMamba, MM_VSSM):
-        if not isinstance(node, dict) or type_name(node) != kind.__name__:
-            continue
-        known = [*inspect.signature(kind).parameters]
-        for key in node:
-            if key not in (*known, "type", "_scope_"):
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f" Did you mean {near[0]}?" if near else f" It has {', '.join(known)}."
-                raise UsageError(f"{where}: {kind.__name__} has no argument {key!r}.{hint}")
+    if not isinstance(node, dict) or type_name(node) != VMamba.__name__:
+        return
+    known = [*inspect.signature(VMamba).parameters]
+    for key in node:
+        if key not in (*known, "type", "_scope_"):
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else f" It has {', '.join(known)}."
+            raise UsageError(f"{where}: VMamba has no argument {key!r}.{hint}")

@@ -298,9 +298,11 @@ def find_weights(
     )
 
 
-def find_state_dict(checkpoint: Mapping, source: str | Path) -> tuple[str, dict[str, Tensor]]:
+def find_state_dict(
+    checkpoint: Mapping, source: str | Path, entry: str | None = None
+) -> tuple[str, dict[str, Tensor]]:
     """As `find_weights`, under today's names (see `current_names`)."""
-    entry, state = find_weights(checkpoint, source)
+    entry, state = find_weights(checkpoint, source, entry)
     names = current_names(state)
     return entry, {names[key]: value for key, value in state.items()}
 
@@ -446,6 +448,7 @@ def load_backbone(
     source: str | Path,
     prefix: str | None = None,
     in_channels: Channels | None = None,
+    entry: str | None = None,
 ) -> LoadReport:
     """Loads a backbone's weights, strictly.
 
@@ -459,6 +462,8 @@ def load_backbone(
             keys, else the file's top level.
         in_channels: How a stem for images of other channels is taken, see `fit_channels`; None
             refuses it.
+        entry: Which entry of the file to take, such as 'model' where there is a 'model_ema' too;
+            None for the first of `STATE_DICT_ENTRIES`.
 
     Returns:
         What was loaded. The only keys that may keep their initial value are `outnorm{i}`, and only
@@ -468,7 +473,7 @@ def load_backbone(
         CheckpointError: If the file cannot be read, or a key is missing, unknown or of another
             shape. The backbone is then unchanged.
     """
-    entry, state = find_state_dict(read_checkpoint(source), source)
+    entry, state = find_state_dict(read_checkpoint(source), source, entry)
     if prefix is None:
         prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     elif prefix and not prefix.endswith("."):
@@ -482,9 +487,7 @@ def load_backbone(
 
     expected = backbone.state_dict()
     foreign = [
-        key
-        for key in state
-        if key.startswith("classifier.") or (key.startswith("outnorm") and key not in expected)
+        key for key in state if key.startswith(("classifier.", "outnorm")) and key not in expected
     ]
     ignored += [prefix + key for key in foreign]
     has_outnorm = any(key.startswith("outnorm") for key in state)
@@ -521,5 +524,25 @@ def load_backbone(
 
 
 def fits(found: torch.Size, expected: torch.Size) -> bool:
-    """Tells whether a weight can be loaded: the same shape, or a 1x1 convolution's for a linear."""
-    return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))
+    """Tells whether a weight can be loaded: of the same shape, or one that models convert.
+
+    Those are a 1x1 convolution's for a linear layer, and a position embedding of another size.
+    """
+    if len(expected) == 2:
+        return found in (expected, (*expected, 1, 1))
+    is_embedding = len(found) == len(expected) == 4 and found[0] == 1
+    return found == expected or (is_embedding and found[:2] == expected[:2])
+
+
+def accept_conv_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A hook for `load_state_dict`: linear weights of channels-first files may be 1x1 convolutions.
+
+    Args:
+        module: Whose weights are loaded.
+        state_dict: What is loaded; changed in place.
+        prefix: What stands before the module's own names.
+    """
+    for name, parameter in module.named_parameters():
+        value = state_dict.get(prefix + name)
+        if parameter.ndim == 2 and value is not None and value.shape[2:] == (1, 1):
+            state_dict[prefix + name] = value.flatten(1)

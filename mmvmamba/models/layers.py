@@ -397,6 +397,9 @@ class VSSBlock(nn.Module):
         torch.Size([1, 14, 20, 32])
     """
 
+    channel_first = False
+    """Whether the block's maps are (B, C, H, W), as the official modules' may be."""
+
     def __init__(
         self,
         channels: int,
@@ -432,6 +435,10 @@ class VSSBlock(nn.Module):
 
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
+        if self.channel_first:
+            x = x.permute(0, 2, 3, 1)
         if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+            y = checkpoint(self._forward, x, use_reentrant=False)
+        else:
+            y = self._forward(x)
+        return y.permute(0, 3, 1, 2) if self.channel_first else y

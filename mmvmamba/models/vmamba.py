@@ -15,7 +15,13 @@ from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvmamba.models.arguments import ArgumentError, check_choice
-from mmvmamba.models.checkpoint import Channels, LoadReport, load_backbone, split_pretrained
+from mmvmamba.models.checkpoint import (
+    Channels,
+    LoadReport,
+    accept_conv_weights,
+    load_backbone,
+    split_pretrained,
+)
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -212,7 +218,9 @@ class VMamba(BaseModule):
         with_cp: Whether to recompute blocks in the backward pass (gradient checkpointing).
         init_cfg: mmengine's initialisation. `dict(type='Pretrained', checkpoint=...)` takes
             official files and mmengine checkpoints, and is strict: see `load_backbone`, whose
-            `prefix` and `in_channels` may stand beside `checkpoint`.
+            `prefix`, `in_channels` and `entry` may stand beside `checkpoint`.
+        pretrained: A checkpoint, short for that `init_cfg`, as mmseg's backbones have it.
+        norm_eval: Whether batch norms keep to evaluation in training.
         drop_path_rate, d_state, ssm_ratio, dt_rank, scan, gated, dwconv, dwconv_bias, act, init,
             mlp_ratio, norm: Where given, these take the place of the arch's own; see `Arch`.
 
@@ -250,7 +258,9 @@ class VMamba(BaseModule):
         out_indices: Sequence[int] | None = None,
         outnorm: bool = True,
         frozen_stages: int = -1,
+        norm_eval: bool = False,
         with_cp: bool = False,
+        pretrained: str | None = None,
         drop_path_rate: float | None = None,
         d_state: int | None = None,
         ssm_ratio: float | None = None,
@@ -265,6 +275,13 @@ class VMamba(BaseModule):
         norm: NormName | None = None,
         init_cfg: dict | list[dict] | None = None,
     ):
+        if pretrained and init_cfg:
+            raise ArgumentError(
+                f"pretrained={pretrained!r} and init_cfg={init_cfg!r} are both given: the first is "
+                "short for the second, write one of them."
+            )
+        if pretrained:
+            init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
         super().__init__(init_cfg=init_cfg)
         changes = {
             "drop_path_rate": drop_path_rate,
@@ -293,6 +310,7 @@ class VMamba(BaseModule):
         if not isinstance(in_channels, int) or in_channels < 1:
             raise ArgumentError(f"in_channels={in_channels!r} must be an integer of at least 1.")
         self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
         self.in_channels = in_channels
 
         # Channels, stride and module of each stage's map; timm's name and form.
@@ -306,7 +324,7 @@ class VMamba(BaseModule):
         rates = (arch.drop_path_rate * i / last for i in itertools.count())
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(arch.depths):
-            layer = nn.Module()
+            layer = nn.Sequential()
             layer.blocks = nn.Sequential(
                 *(self._build_block(stage, next(rates), with_cp) for _ in range(depth))
             )
@@ -320,8 +338,8 @@ class VMamba(BaseModule):
                 self.add_module(f"outnorm{i}", build_norm(arch.norm, arch.dims[i]))
         self.outnorm = outnorm
 
-        self.apply(_init_module)
-        self._register_load_state_dict_pre_hook(self._accept_conv_weights)
+        self.apply(init_module)
+        self._register_load_state_dict_pre_hook(accept_conv_weights, with_module=True)
         self._freeze_stages()
 
     @classmethod
@@ -415,18 +433,12 @@ class VMamba(BaseModule):
         """
         check_images(x, self.in_channels, self.arch.min_size)
         prepare(self, x)
-        # Channels last in memory, in words that vmap knows.
-        x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+        x = self._embed(x)
         outs = []
         for i, layer in enumerate(self.layers):
             x = layer.blocks(x)
             if i in self.out_indices:
-                out = x
-                if self.outnorm:
-                    out = normalize(self.arch.norm, getattr(self, f"outnorm{i}"), x)
-                # NCHW in memory too: convolutions pass channels-last strides on, and mmcv 2.1's
-                # operators (RoIAlign among them) read such maps as if they were NCHW, silently.
-                outs.append(out.permute(0, 3, 1, 2).contiguous())
+                outs.append(self._output(i, x))
             if i == self.out_indices[-1]:
                 break
             x = layer.downsample(x)
@@ -452,6 +464,17 @@ class VMamba(BaseModule):
         names = ("A_logs", "Ds", "dt_projs_bias")
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in names}
 
+    def _embed(self, x: Tensor) -> Tensor:
+        # Channels last in memory, in words that vmap knows.
+        return self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
+
+    def _output(self, stage: int, x: Tensor) -> Tensor:
+        if self.outnorm:
+            x = normalize(self.arch.norm, getattr(self, f"outnorm{stage}"), x)
+        # NCHW in memory too: convolutions pass channels-last strides on, and mmcv 2.1's operators
+        # (RoIAlign among them) read such maps as if they were NCHW, silently.
+        return x.permute(0, 3, 1, 2).contiguous()
+
     def init_weights(self) -> None:
         """Initialises as `init_cfg` says; without one, the constructor's weights stay.
 
@@ -465,7 +488,8 @@ class VMamba(BaseModule):
         super().init_weights()
         self.init_cfg = configured
         for cfg in pretrained:
-            self.load_pretrained(cfg["checkpoint"], cfg.get("prefix"), cfg.get("in_channels"))
+            options = {key: cfg.get(key) for key in ("prefix", "in_channels", "entry")}
+            self.load_pretrained(cfg["checkpoint"], **options)
 
     def compile(
         self,
@@ -490,10 +514,14 @@ class VMamba(BaseModule):
         super().compile(backend=backend, mode=mode, options=options, **others)
 
     def load_pretrained(
-        self, source: str, prefix: str | None = None, in_channels: Channels | None = None
+        self,
+        source: str,
+        prefix: str | None = None,
+        in_channels: Channels | None = None,
+        entry: str | None = None,
     ) -> LoadReport:
         """Loads weights strictly and logs what became of every key; see `load_backbone`."""
-        report = load_backbone(self, source, prefix, in_channels)
+        report = load_backbone(self, source, prefix, in_channels, entry)
         print_log(f"{type(self).__name__}: {report}", logger="current")
         return report
 
@@ -511,9 +539,10 @@ class VMamba(BaseModule):
         depths = self.arch.depths
         num_layers = sum(depths) + 2
         name = param_name.removeprefix(prefix)
-        if not param_name.startswith(prefix) or name.split(".")[0] not in ("patch_embed", "layers"):
+        part = name.split(".")[0]
+        if not param_name.startswith(prefix) or part not in ("patch_embed", "pos_embed", "layers"):
             return num_layers - 1, num_layers
-        if name.startswith("patch_embed"):
+        if part != "layers":
             return 0, num_layers
         _, stage, part, block, *_ = name.split(".")
         before = sum(depths[: int(stage)])
@@ -521,8 +550,11 @@ class VMamba(BaseModule):
         return before + (int(block) + 1 if part == "blocks" else depths[int(stage)]), num_layers
 
     def train(self, mode: bool = True) -> "VMamba":
-        """Sets the mode; what is frozen keeps to evaluation."""
+        """Sets the mode; what is frozen keeps to evaluation, and batch norms for `norm_eval`."""
         super().train(mode)
+        for module in self.modules() if self.norm_eval else ():
+            if isinstance(module, _BatchNorm):
+                module.eval()
         for module in self._frozen_modules():
             module.eval()
         return self
@@ -546,13 +578,6 @@ class VMamba(BaseModule):
         for module in self._frozen_modules():
             module.eval()
             module.requires_grad_(False)
-
-    def _accept_conv_weights(self, state_dict, prefix, *_) -> None:
-        """Official files of channels-first models hold linear weights as 1x1 convolutions."""
-        for name, parameter in self.named_parameters():
-            value = state_dict.get(prefix + name)
-            if parameter.ndim == 2 and value is not None and value.shape[2:] == (1, 1):
-                state_dict[prefix + name] = value.flatten(1)
 
 
 # To tracers of torch.fx one call, for all sizes.
@@ -602,7 +627,7 @@ def _suggest(name: str, known) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def _init_module(module: nn.Module) -> None:
+def init_module(module: nn.Module) -> None:
     """Linear layers as in Swin Transformer, norms as identity; the mixers' own stay as made."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

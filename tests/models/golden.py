@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CASES = sorted(path.stem for path in (DATA / "golden").glob("*.npz"))
+FORWARD_TYPES = sorted(path.stem for path in (DATA / "forward_types").glob("*.npz"))
 VARIANTS = json.loads((DATA / "variants.json").read_text())
 
 
@@ -38,14 +40,23 @@ class Golden:
 
 
 @functools.cache
-def read(case: str) -> dict[str, np.ndarray]:
+def read(case: str, folder: str = "golden") -> dict[str, np.ndarray]:
     """The arrays of a case; whoever changes them copies them."""
-    with np.load(DATA / "golden" / f"{case}.npz") as archive:
-        return {name: archive[name] for name in archive.files}
+    with np.load(DATA / folder / f"{case}.npz") as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    # Small cases have all weights in one array, and all gradients, with names in `meta`.
+    names = json.loads(str(arrays["meta"]))
+    for prefix, name in (("w:", "weights"), ("g:", "gradients")):
+        begin = 0
+        for key, shape in names.get(name, {}).items():
+            end = begin + math.prod(shape)
+            arrays[prefix + key] = arrays[name][begin:end].reshape(shape)
+            begin = end
+    return arrays
 
 
-def load(case: str) -> Golden:
-    arrays = read(case)
+def load(case: str, folder: str = "golden") -> Golden:
+    arrays = read(case, folder)
 
     def tensor(array):
         tensor = torch.from_numpy(array.copy())

@@ -266,6 +266,30 @@ def test_init_cfg_prefix(tmp_path, state):
         load_backbone(backbone(), path, prefix="nobody")
 
 
+def test_init_cfg_chooses_an_entry_of_the_file(tmp_path, state):
+    averaged = {key: value + 1 for key, value in state.items()}
+    path = str(save(tmp_path / "a.pth", {"model": state, "model_ema": averaged}))
+    for entry, expected in ((None, averaged), ("model_ema", averaged), ("model", state)):
+        model = backbone(init_cfg={"type": "Pretrained", "checkpoint": path, "entry": entry})
+        model.init_weights()
+        assert_loaded(model, expected)
+    with pytest.raises(CheckpointError, match="expected one under ema. It has: model, model_ema"):
+        backbone().load_pretrained(path, entry="ema")
+    official = MM_VSSM(**golden.load("cross_s1").kwargs)
+    assert official.load_pretrained(None) is None
+
+
+def test_pretrained_is_short_for_init_cfg(tmp_path, state):
+    path = str(save(tmp_path / "a.pth", {"model": state}))
+    model = backbone(pretrained=path)
+    assert model.init_cfg == {"type": "Pretrained", "checkpoint": path}
+    model.init_weights()
+    assert_loaded(model, state)
+    assert backbone(pretrained=None).init_cfg is None
+    with pytest.raises(ValueError, match="pretrained=.* and init_cfg=.* are both given"):
+        backbone(pretrained=path, init_cfg={"type": "Pretrained", "checkpoint": path})
+
+
 def test_init_cfg_of_another_type_and_none():
     model = backbone(init_cfg={"type": "Constant", "layer": "Conv2d", "val": 0.5, "bias": 0.25})
     model.init_weights()
@@ -281,6 +305,10 @@ def test_official_pretrained_argument(tmp_path, state):
     path = save(tmp_path / "a.pth", {"model": data.weights})
     model = MM_VSSM(**data.kwargs, pretrained=str(path)).eval()
     assert_loaded(model, data.backbone_weights)
+    key_model = MM_VSSM(**data.kwargs)
+    averaged = {"model": data.weights, "model_ema": MM_VSSM(**data.kwargs).state_dict()}
+    key_model.load_pretrained(str(save(tmp_path / "b.pth", averaged)), key="model")
+    assert_loaded(key_model, data.backbone_weights)
     MM_VSSM(**data.kwargs, pretrained="")
     MM_VSSM(**data.kwargs, pretrained=None)
     with pytest.raises(CheckpointError, match="nowhere.pth does not exist"):

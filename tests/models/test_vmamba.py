@@ -155,6 +155,16 @@ def test_out_indices_choose_maps_and_norms():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_norm_eval_keeps_batch_norms_as_they_are():
+    image = torch.randn(2, 3, 32, 32)
+    for norm_eval in (False, True):
+        model = VMamba(SMALL, norm="bn", norm_eval=norm_eval).train()
+        before = model.patch_embed[2].running_mean.clone()
+        model(image)
+        assert torch.equal(model.patch_embed[2].running_mean, before) == norm_eval
+        assert model.layers[0].blocks.training
+
+
 @pytest.mark.parametrize("frozen", range(-1, 5))
 def test_frozen_stages(frozen):
     model = VMamba(SMALL, frozen_stages=frozen, norm="bn").train()
@@ -270,7 +280,7 @@ def test_unknown_argument_is_named():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"forward_type": "v99"}, "forward_type='v99' is unknown, choose from v0, v01"),
+        ({"forward_type": "v99"}, "forward_type='v99' is unknown, choose from v0, v0seq, v01"),
         ({"forward_type": "v0_noz"}, "v0 always has its gate"),
         ({"norm_layer": "gn"}, "norm_layer='gn' is unknown"),
         ({"ssm_init": "v3"}, "ssm_init='v3' is unknown"),
@@ -278,6 +288,7 @@ def test_unknown_argument_is_named():
         ({"patch_size": 8}, "patch_size=8 is not supported"),
         ({"ssm_conv": 5}, "ssm_conv=5 is not supported"),
         ({"forward_type": "m0"}, "mixer='mamba2' has no gate"),
+        ({"post_norm": True}, "no argument 'post_norm'"),
     ],
 )
 def test_official_arguments_without_a_counterpart_are_named(kwargs, message):
