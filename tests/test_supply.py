@@ -33,9 +33,9 @@ def named(lines: list[str]) -> dict[str, Requirement]:
 
 
 def extras(onedl: bool) -> Iterator[str]:
-    """What the extras ask for: those of OneDL's packages, or all others."""
+    """What the extras ask for: those of OneDL's packages, or all others but `deploy`."""
     for name, requirements in METADATA["project"]["optional-dependencies"].items():
-        if name.endswith("-onedl") == onedl:
+        if name.endswith("-onedl") == onedl and name != "deploy":
             yield from requirements
 
 
@@ -109,6 +109,15 @@ def test_both_bounds_are_the_versions_that_were_tested(name):
     release = bound(requirement, "<").release
     *series, last = newest.release[: len(release)]
     assert (*series, last + 1) == release
+
+
+def test_what_exports_is_what_the_stack_has():
+    """It was run in one set of versions; the lowest Python has no file of some."""
+    for name, requirement in named(METADATA["project"]["optional-dependencies"]["deploy"]).items():
+        newest = max(pins("stack")[name])
+        assert bound(requirement, ">=").release == newest.release[:2]
+        *series, last = newest.release[:2]
+        assert bound(requirement, "<").release == (*series, last + 1)
 
 
 def onedl_pins() -> dict[str, list[Version]]:

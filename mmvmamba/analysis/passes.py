@@ -18,12 +18,13 @@ from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
 PASSES = ("inference", "training")
 PRECISIONS = ("fp32", "autocast-bf16", "autocast-fp16", "bf16")
-EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph")
+RUNTIMES = ("onnxruntime", "openvino")
+EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph", *RUNTIMES)
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 PassName = Literal["inference", "training"]
 PrecisionName = Literal["fp32", "autocast-bf16", "autocast-fp16", "bf16"]
-ExecutionName = Literal["eager", "compiled", "graph", "compiled+graph"]
+ExecutionName = Literal["eager", "compiled", "graph", "compiled+graph", "onnxruntime", "openvino"]
 MemoryFormatName = Literal["channels-last", "contiguous"]
 
 AUTOCAST_DTYPES = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}
@@ -54,7 +55,7 @@ class Case:
         batch: Images in a batch.
         size: Height and width of the images in pixels.
         execution: 'eager', 'compiled' (`torch.compile`), 'graph' (a CUDA graph of the whole pass),
-            or 'compiled+graph'.
+            'compiled+graph', or one of `RUNTIMES`, to which the model is exported.
         memory_format: Of weights and images: 'channels-last' or 'contiguous'.
     """
 
@@ -84,8 +85,15 @@ class Case:
         """Refuses what a device cannot do.
 
         Raises:
-            ValueError: If the case needs a CUDA graph and the device is not CUDA.
+            ValueError: If the case needs a CUDA graph and the device is not CUDA, or a runtime
+                that is for inference in fp32 on the CPU and the case is something else.
         """
+        other = (self.passes, self.precision, device.type) != ("inference", "fp32", "cpu")
+        if self.execution in RUNTIMES and other:
+            raise ValueError(
+                f"{self.execution} runs inference in fp32 on the CPU: give --passes inference "
+                "--precision fp32 --device cpu."
+            )
         if "graph" in self.execution and device.type != "cuda":
             raise ValueError(
                 f"a CUDA graph (execution {self.execution!r}) needs a CUDA device, got {device}. "
@@ -131,6 +139,10 @@ class Step:
         if "compiled" in self.case.execution:
             ours = any(isinstance(module, VMamba) for module in model.modules())
             model = torch.compile(model, options=COMPILE_OPTIONS if ours else None)
+        if self.case.execution in RUNTIMES:
+            from mmvmamba.deployment.runtimes import in_runtime
+
+            model = in_runtime(model, self.images, self.case.execution)
         dtype = AUTOCAST_DTYPES.get(self.case.precision)
         cast = partial(torch.autocast, self.device.type, dtype) if dtype else nullcontext
         call = partial(self._run, model, cast)

@@ -82,17 +82,17 @@ def predict_and_draw(
     """
     init_default_scope(scope_of(cfg))
     content = read_checkpoint(checkpoint)
-    model = _load_model(cfg, content, checkpoint).to(device)
+    model = load_model(cfg, content, checkpoint).to(device)
     dataset = _test_dataset(cfg, required=images is None)
     if dataset is None:
-        meta = content.get("meta", {}).get("dataset_meta") or _class_metainfo(cfg)
+        meta = content.get("meta", {}).get("dataset_meta") or class_metainfo(cfg)
     else:
         check_model_and_data(cfg, model, dataset, content)
         meta = dataset.metainfo
     visualizer = build_visualizer(cfg, meta)
     steps = test_steps(cfg)
     loader, rgb = build_loader(cfg, steps), _loads_rgb(steps)
-    for item in _items(cfg, dataset, images, limit):
+    for item in items(cfg, dataset, images, limit):
         with torch.no_grad():
             [sample] = model.test_step(pseudo_collate([item]))
         sample = sample.to("cpu")
@@ -249,9 +249,23 @@ def _draw(visualizer: Visualizer, image: np.ndarray, sample: BaseDataElement, **
     return visualizer.get_image()
 
 
-def _load_model(cfg: Config, content: dict, source: str) -> nn.Module:
+def load_model(cfg: Config, content: dict, source: str) -> nn.Module:
+    """Builds a config's model for evaluation.
+
+    Args:
+        cfg: The config.
+        content: What a checkpoint holds.
+        source: Where that comes from, for messages.
+
+    Raises:
+        CheckpointError: If the weights do not fit.
+    """
+    settings = deepcopy(cfg.model)
+    if "data_preprocessor" in cfg:
+        # As mmengine's Runner does.
+        settings.setdefault("data_preprocessor", cfg.data_preprocessor)
     # One process, which may be on the CPU.
-    model = revert_sync_batchnorm(MODELS.build(deepcopy(cfg.model)))
+    model = revert_sync_batchnorm(MODELS.build(settings))
     load_strictly(model, model_weights(content, source), source)
     return model.eval()
 
@@ -266,13 +280,13 @@ def _test_dataset(cfg: Config, required: bool) -> BaseDataset | None:
     return build_dataset(cfg.test_dataloader.dataset)
 
 
-def _class_metainfo(cfg: Config) -> dict:
+def class_metainfo(cfg: Config) -> dict:
     """What the data set's class says of it, without the data."""
     kind = first_dataset(cfg.test_dataloader).type
     return (DATASETS.get(kind) if isinstance(kind, str) else kind).METAINFO
 
 
-def _items(
+def items(
     cfg: Config, dataset: BaseDataset | None, images: list[Path] | None, limit: int | None
 ) -> Iterator[dict]:
     """What the test pipeline makes of the images."""

@@ -69,10 +69,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--execution",
+        "--runtime",
         nargs="+",
         choices=EXECUTIONS,
         default=["eager"],
-        help="'graph' is a CUDA graph of the whole pass (default: eager)",
+        help="'graph' is a CUDA graph of the whole pass; to runtimes models are exported "
+        "(default: eager)",
     )
     parser.add_argument(
         "--batch",

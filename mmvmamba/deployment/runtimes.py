@@ -1,0 +1,166 @@
+"""Exported models in their runtimes: one way to call them all."""
+
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmvmamba.deployment.export import FORMATS, trace, write
+from mmvmamba.deployment.record import Record
+from mmvmamba.engine.errors import UsageError
+
+RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
+"""What runs a file, by its suffix."""
+
+
+class Deployed:
+    """An exported model, with the JSON beside it.
+
+    Args:
+        path: The file.
+        threads: How many the runtime may use; None for its own choice.
+
+    Raises:
+        UsageError: If the file, its JSON or its runtime is missing, or does not fit.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None):
+        self.path = Path(path)
+        if self.path.suffix not in RUNTIMES:
+            raise UsageError(f"{path}: exported models end in {', '.join(FORMATS.values())}.")
+        if not self.path.is_file():
+            raise UsageError(f"{path} does not exist (working directory: {Path.cwd()}).")
+        self.record = Record.load(self.path)
+        self.run = open_file(self.path, threads)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs the model.
+
+        Args:
+            images: (B, C, H, W), float32, from 0 to 255.
+
+        Returns:
+            The results by name.
+
+        Raises:
+            UsageError: If the model was not made for images of that number or size.
+        """
+        record, size = self.record, list(images.shape[2:])
+        if record.size is not None and size != record.size:
+            raise UsageError(
+                f"{self.path} was made for images of {record.size[0]}x{record.size[1]} pixels, not "
+                f"{size[0]}x{size[1]}: resize them, or export with --dynamic."
+            )
+        if min(size) < record.least:
+            raise UsageError(
+                f"{self.path} takes images from {record.least} pixels, not {size[0]}x{size[1]}: "
+                "resize or pad them."
+            )
+        if len(images) != 1 and (record.size is not None or not record.batched):
+            raise UsageError(f"{self.path} takes one image a call, not {len(images)}.")
+        results = self.run(np.ascontiguousarray(images, dtype=np.float32))
+        return dict(zip(record.outputs, results, strict=True))
+
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def open_file(path: Path, threads: int | None = None) -> Run:
+    """Opens a file in its runtime; see `Deployed`.
+
+    Raises:
+        UsageError: If the runtime is missing or cannot open it.
+    """
+    return _OPENERS[path.suffix](path, threads)
+
+
+def in_runtime(module: nn.Module, images: Tensor, runtime: str) -> Callable[[Tensor], list[Tensor]]:
+    """Exports a module for images of one shape, and runs it in a runtime.
+
+    Args:
+        module: In evaluation mode.
+        images: An example, (B, C, H, W).
+        runtime: 'onnxruntime' or 'openvino'.
+    """
+    kind = "onnx" if runtime == "onnxruntime" else runtime
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{FORMATS[kind]}"
+        write(trace(module, images), path, kind)
+        run = open_file(path, torch.get_num_threads())
+    return lambda images: [torch.from_numpy(result) for result in run(images.numpy())]
+
+
+def _runtime(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(f"{name} is not installed: pip install {name}") from error
+
+
+def _open_onnx(path: Path, threads: int | None) -> Run:
+    runtime = _runtime("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # Its warnings of initialisers that it need not copy.
+    options.log_severity_level = 3
+    state = runtime.capi.onnxruntime_pybind11_state
+    refusals = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        raise UsageError(_cannot_open(path, f"onnxruntime {runtime.__version__}", error)) from error
+    [name] = (given.name for given in session.get_inputs())
+    return lambda images: session.run(None, {name: images})
+
+
+def _open_openvino(path: Path, threads: int | None) -> Run:
+    openvino = _runtime("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings = {**settings, "INFERENCE_NUM_THREADS": threads}
+    try:
+        model = openvino.Core().compile_model(str(path), "CPU", settings)
+    except RuntimeError as error:
+        raise UsageError(_cannot_open(path, f"openvino {openvino.__version__}", error)) from error
+    request = model.create_infer_request()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        results = request.infer([images])
+        return [np.array(results[output]) for output in model.outputs]
+
+    return run
+
+
+def _open_pt2(path: Path, threads: int | None) -> Run:
+    import mmvmamba_kernels  # noqa: F401 (the operators of the file)
+
+    try:
+        module = torch.export.load(path).module()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(_cannot_open(path, f"torch {torch.__version__}", error)) from error
+    if threads:
+        torch.set_num_threads(threads)
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            results = module(torch.from_numpy(images))
+        results = results if isinstance(results, tuple | list) else (results,)
+        return [result.numpy() for result in results]
+
+    return run
+
+
+def _cannot_open(path: Path, runtime: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"{runtime} cannot open {path} ({reason[:300]}): update the runtime, or export the model "
+        "anew. The JSON beside it has the versions that made it."
+    )
+
+
+_OPENERS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}
