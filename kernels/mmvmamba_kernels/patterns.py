@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -173,20 +174,24 @@ def pattern_paths(name: str, pattern: ListedPattern, height: int, width: int) ->
     Raises:
         ValueError: If they are no such paths.
     """
-    # Models are built on other devices, and counted with tensors that have no values.
-    with torch.device("cpu"), _disable_current_modes():
-        return _pattern_paths(name, pattern, height, width)
-
-
-def _pattern_paths(name: str, pattern: ListedPattern, height: int, width: int) -> Tensor:
-    paths = torch.as_tensor(pattern.paths(height, width), device="cpu")
     what = f"the paths of scan pattern {name!r} over a {height} x {width} map"
     steps = pattern.steps(height, width)
-    if paths.ndim != 2 or not len(paths) or paths.shape[1] != steps or not is_integer(paths.dtype):
-        raise ValueError(
-            f"{what} must be (K, {steps}) integers, got {paths.dtype} of shape {tuple(paths.shape)}"
-        )
-    return check_positions(what, paths.long(), height * width, whole=pattern.length is None)
+    with real_values():
+        paths = torch.as_tensor(pattern.paths(height, width), device="cpu")
+        shape = tuple(paths.shape)
+        if len(shape) != 2 or not shape[0] or shape[1] != steps or not is_integer(paths.dtype):
+            raise ValueError(f"{what} must be (K, {steps}) integers, got {paths.dtype} of {shape}")
+        return check_positions(what, paths.long(), height * width, whole=pattern.length is None)
+
+
+@contextmanager
+def real_values() -> Iterator[None]:
+    """Tensors that are made meanwhile are on the CPU and have values.
+
+    Models are built on other devices, and counted and rehearsed with tensors without values.
+    """
+    with torch.device("cpu"), _disable_current_modes():
+        yield
 
 
 def is_integer(dtype: torch.dtype) -> bool:

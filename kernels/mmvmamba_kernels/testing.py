@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvmamba_kernels.patterns import PATTERNS
+
 
 def _double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
@@ -75,11 +77,13 @@ def paths(pattern: str, height: int, width: int) -> list[list[list[tuple[int, in
     }[pattern]
 
 
-def listed_paths(pattern: str, height: int, width: int, size: int = 0) -> list[list[int]]:
+def listed_paths(pattern: str, height: int, width: int) -> list[list[int]]:
     """The positions ``row * width + column`` that each direction visits, as loops over the map.
 
-    Of the patterns that are lists, but for 'hilbert'; 'window' and 'atrous' have a size.
+    Of the built-in patterns that are lists, but for 'hilbert'.
     """
+    family = pattern.rstrip("0123456789")
+    size = int(pattern[len(family) :] or 0)
 
     def snake(column_major: bool) -> list[tuple[int, int]]:
         places = []
@@ -122,14 +126,14 @@ def listed_paths(pattern: str, height: int, width: int, size: int = 0) -> list[l
         )
         return sorted(mine, key=key)
 
-    if pattern == "atrous":
+    if family == "atrous":
         found = [atrous(k) for k in range(size * size)]
     else:
         one, other = {
             "snake": lambda: (snake(False), snake(True)),
             "diagonal": lambda: (diagonal(1), diagonal(-1)),
             "window": lambda: (window(False), window(True)),
-        }[pattern]()
+        }[family]()
         found = [one, other, one[::-1], other[::-1]]
     return [[i * width + j for i, j in path] for path in found]
 
@@ -152,11 +156,13 @@ def selective_scan_2d_oracle(
     x, proj, dt_weight, dt_bias, A, D = _double(x, proj, dt_weight, dt_bias, A, D)
     height, width = x.shape[1:3]
     rank, states = dt_weight.shape[2], A.shape[2]
-    if orders is None:
+    if orders is None and pattern in PATTERNS:
         orders = [
             [[i * width + j for i, j in sequence] for sequence in sequences]
             for sequences in paths(pattern, height, width)
         ]
+    elif orders is None:
+        orders = [[path] for path in listed_paths(pattern, height, width)]
     total = torch.zeros_like(x.flatten(1, 2))
     # All directions at once whose paths are equally long.
     for length in sorted({len(sequences[0]) for sequences in orders} - {0}):

@@ -68,10 +68,10 @@ def test_lists_of_positions_are_drawn():
     figure = draw_patterns(("window2", "atrous2", "atrous3"), HEIGHT, WIDTH)
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 4 + 4 + 9
-    for axes, order in zip(panels[:4], listed_paths("window", HEIGHT, WIDTH, 2), strict=True):
+    for axes, order in zip(panels[:4], listed_paths("window2", HEIGHT, WIDTH), strict=True):
         colours = np.asarray(axes.images[0].get_array()).flatten()
         np.testing.assert_allclose(colours[order], np.linspace(0, 1, len(order)))
-    for axes, order in zip(panels[4:8], listed_paths("atrous", HEIGHT, WIDTH, 2), strict=True):
+    for axes, order in zip(panels[4:8], listed_paths("atrous2", HEIGHT, WIDTH), strict=True):
         colours = axes.images[0].get_array()
         assert np.flatnonzero(~np.ma.getmaskarray(colours)).tolist() == sorted(order)
     assert path_name(paths_of("atrous2")[1]) == "atrous2, path 2"

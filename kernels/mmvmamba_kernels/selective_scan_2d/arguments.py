@@ -73,9 +73,8 @@ class Arguments(NamedTuple):
         Raises:
             ValueError: If a path leaves the map, or visits a position twice.
         """
-        _, height, width, _ = self.x.shape
         if self.paths is not None:
-            return path_lists.of_tensor("selective_scan_2d", self.paths, height, width)
+            return path_lists.of_tensor("selective_scan_2d", self.paths, self.x)
         if self.listed:
-            return path_lists.of_pattern(self.pattern, height, width, self.x.device)
+            return path_lists.of_pattern(self.pattern, *self.x.shape[1:3], self.x)
         return None
