@@ -34,6 +34,8 @@ class Problem:
     """d_state."""
     work: int
     """Scanned elements: batch * directions * positions * channels * states."""
+    listed: bool = False
+    """Whether the paths of a 2D scan are lists of positions."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def check_name(op: str, backend: str | None) -> str:
 
 
 @torch.compiler.assume_constant_result
-def pin(op: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
+def pin(
+    op: str, device: torch.device, dtype: torch.dtype, states: int, listed: bool = False
+) -> str:
     """The choice that 'auto' stands for, as a string that :func:`resolve` takes in its place.
 
     For calls that a backward pass follows: both must run on one backend, even if the default
@@ -124,7 +128,7 @@ def pin(op: str, device: torch.device, dtype: torch.dtype, states: int) -> str:
     Raises:
         BackendError: As :func:`resolve`.
     """
-    choice, deliberate, _ = choose(op, AUTO, Problem(device, dtype, states, work=0))
+    choice, deliberate, _ = choose(op, AUTO, Problem(device, dtype, states, 0, listed))
     return choice.name if deliberate else f"{AUTO}:{choice.name}"
 
 

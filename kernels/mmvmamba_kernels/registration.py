@@ -267,14 +267,15 @@ class Operator:
             problem = self._problem(arguments)
             # index() makes a compiler fix the state dimension, which a choice may depend on.
             states = operator.index(problem.states)
-            backend = pin(self.name, problem.device, problem.dtype, states)
+            backend = pin(self.name, problem.device, problem.dtype, states, problem.listed)
         return self._pair(*arguments, backend, save_carries)[0]
 
     def _problem(self, arguments: NamedTuple) -> Problem:
         shapes = (v.shape if isinstance(v, Tensor) else v for v in arguments)
         elements, states = self._sizes(self._arguments(*shapes))
         first = arguments[0]
-        return Problem(first.device, first.dtype, states, elements * states)
+        listed = getattr(arguments, "listed", False)
+        return Problem(first.device, first.dtype, states, elements * states, listed)
 
     def _implementation(self, arguments: NamedTuple, backend: str, quiet: bool = False):
         return resolve(self.name, backend, self._problem(arguments), quiet=quiet)
@@ -308,12 +309,16 @@ class Operator:
             )
         with autocast_off(grad_out):
             grads = implementation.backward(grad_out, carries, arguments)
-        # Operators cannot return None.
+        # Paths, the last of an operator's tensors, have no gradient. Operators cannot return None.
+        grads = (*grads, *(None,) * (self._count - len(grads)))
         return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
 
     def _backward_fake(self, grad_out: Tensor, _carries: Tensor, *values) -> tuple[Tensor, ...]:
         tensors = values[: self._count]
-        return tuple(grad_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+        return tuple(
+            t.new_empty(t.shape) if _is_differentiable(t) else grad_out.new_empty(0)
+            for t in tensors
+        )
 
     def _setup_context(self, ctx, inputs, output) -> None:
         carries = output[1]
@@ -329,7 +334,8 @@ class Operator:
         if grad_out is None:
             return (None,) * len(tensors) + rest
         grads = self._pair.backward(grad_out, carries, *tensors, *ctx.options)
-        return (*(None if t is None else g for t, g in zip(tensors, grads, strict=True)), *rest)
+        found = (g if _is_differentiable(t) else None for t, g in zip(tensors, grads, strict=True))
+        return (*found, *rest)
 
     def _forward_flops(self, *shapes, **_) -> int:
         return self._flops(self._arguments(*shapes[: len(self._arguments._fields)]))
@@ -342,6 +348,11 @@ class Operator:
     def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
         # As PyTorch's own formulas count a backward pass.
         return 2 * self._forward_flops(*shapes)
+
+
+def _is_differentiable(tensor: Tensor | None) -> bool:
+    """Whether an argument has a gradient: paths have none, nor what is absent."""
+    return tensor is not None and tensor.is_floating_point()
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager:

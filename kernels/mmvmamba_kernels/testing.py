@@ -6,12 +6,14 @@ backend. They are differentiable, which gives the oracle of every gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmvmamba_kernels.patterns import PATTERNS
 
 
 def _double(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -75,6 +77,67 @@ def paths(pattern: str, height: int, width: int) -> list[list[list[tuple[int, in
     }[pattern]
 
 
+def listed_paths(pattern: str, height: int, width: int) -> list[list[int]]:
+    """The positions ``row * width + column`` that each direction visits, as loops over the map.
+
+    Of the built-in patterns that are lists, but for 'hilbert'.
+    """
+    family = pattern.rstrip("0123456789")
+    size = int(pattern[len(family) :] or 0)
+
+    def snake(column_major: bool) -> list[tuple[int, int]]:
+        places = []
+        for i in range(width if column_major else height):
+            line = [
+                (j, i) if column_major else (i, j) for j in range((width, height)[column_major])
+            ]
+            places += line[::-1] if i % 2 else line
+        return places
+
+    def diagonal(side: int) -> list[tuple[int, int]]:
+        places = []
+        for first in range(width):
+            column = first
+            for i in range(height):
+                places.append((i, column))
+                column += side
+                if column == width:
+                    column = 0
+                elif column < 0:
+                    column = width - 1
+        return places
+
+    def window(column_major: bool) -> list[tuple[int, int]]:
+        def key(place: tuple[int, int]) -> tuple[int, ...]:
+            i, j = place[::-1] if column_major else place
+            return i // size, j // size, i % size, j % size
+
+        return sorted(((i, j) for i in range(height) for j in range(width)), key=key)
+
+    def atrous(k: int) -> list[tuple[int, int]]:
+        def key(place: tuple[int, int]) -> tuple[int, int]:
+            return place[::-1] if k % size % 2 else place
+
+        mine = (
+            (i, j)
+            for i in range(height)
+            for j in range(width)
+            if (i % size, j % size) == (k % size, k // size)
+        )
+        return sorted(mine, key=key)
+
+    if family == "atrous":
+        found = [atrous(k) for k in range(size * size)]
+    else:
+        one, other = {
+            "snake": lambda: (snake(False), snake(True)),
+            "diagonal": lambda: (diagonal(1), diagonal(-1)),
+            "window": lambda: (window(False), window(True)),
+        }[family]()
+        found = [one, other, one[::-1], other[::-1]]
+    return [[i * width + j for i, j in path] for path in found]
+
+
 def selective_scan_2d_oracle(
     x: Tensor,
     proj: Tensor,
@@ -83,28 +146,39 @@ def selective_scan_2d_oracle(
     A: Tensor,
     D: Tensor,
     pattern: str = "cross2d",
+    orders: Sequence[Sequence[Sequence[int]]] | None = None,
 ) -> Tensor:
-    """:func:`mmvmamba_kernels.selective_scan_2d` as a loop over positions, in float64."""
+    """:func:`mmvmamba_kernels.selective_scan_2d` as a loop over positions, in float64.
+
+    ``orders`` has, in place of a pattern, the positions that each direction visits, one list per
+    sequence.
+    """
     x, proj, dt_weight, dt_bias, A, D = _double(x, proj, dt_weight, dt_bias, A, D)
     height, width = x.shape[1:3]
     rank, states = dt_weight.shape[2], A.shape[2]
-    # (K, sequences, positions): the places in the map that the paths visit, one after the other.
-    places = torch.tensor(
-        [
+    if orders is None and pattern in PATTERNS:
+        orders = [
             [[i * width + j for i, j in sequence] for sequence in sequences]
             for sequences in paths(pattern, height, width)
-        ],
-        device=x.device,
-    )
-    k = torch.arange(len(places), device=x.device)[:, None, None]
-    u = x.flatten(1, 2)[:, places]
-    low_rank, B, C = proj.flatten(1, 2)[:, places, k].split((rank, states, states), -1)
-    raw = torch.einsum("bkslr,kdr->bksld", low_rank, dt_weight) + dt_bias[:, None, None]
-    step = F.softplus(raw, threshold=20)
-    decay = torch.exp(step[..., None] * A[:, None, None])
-    h = _recurrence(decay, (step * u)[..., None] * B[..., None, :], 3)
-    y = (h * C[..., None, :]).sum(-1) + D[:, None, None] * u
-    total = torch.zeros_like(x.flatten(1, 2)).index_add(1, places.flatten(), y.flatten(1, 3))
+        ]
+    elif orders is None:
+        orders = [[path] for path in listed_paths(pattern, height, width)]
+    total = torch.zeros_like(x.flatten(1, 2))
+    # All directions at once whose paths are equally long.
+    for length in sorted({len(sequences[0]) for sequences in orders} - {0}):
+        k = [k for k, sequences in enumerate(orders) if len(sequences[0]) == length]
+        # (directions, sequences, positions): the places in the map, one after the other.
+        places = torch.tensor([orders[i] for i in k], device=x.device)
+        k = torch.tensor(k, device=x.device)[:, None, None]
+        u = x.flatten(1, 2)[:, places]
+        low_rank, B, C = proj.flatten(1, 2)[:, places, k].split((rank, states, states), -1)
+        one = k[:, 0, 0]
+        raw = torch.einsum("bkslr,kdr->bksld", low_rank, dt_weight[one])
+        step = F.softplus(raw + dt_bias[one][:, None, None], threshold=20)
+        decay = torch.exp(step[..., None] * A[one][:, None, None])
+        h = _recurrence(decay, (step * u)[..., None] * B[..., None, :], 3)
+        y = (h * C[..., None, :]).sum(-1) + D[one][:, None, None] * u
+        total = total.index_add(1, places.flatten(), y.flatten(1, 3))
     return total.unflatten(1, (height, width))
 
 

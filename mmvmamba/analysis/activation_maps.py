@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvmamba.analysis.scan_patterns import path_name, path_positions, paths_of
+from mmvmamba.analysis.scan_patterns import ListedPath, path_name, path_positions, paths_of
 from mmvmamba.models.ss2d import SS2D, Mamba2Mixer, convolve
 from mmvmamba_kernels.patterns import Path
 
@@ -66,10 +66,10 @@ class PathScan:
     A: Tensor
     x: Tensor
 
-    def find(self, position: int) -> tuple[int, int]:
-        """The sequence and the step whose output is added to a position."""
-        sequence, step = (self.outputs == position).nonzero()[0].tolist()
-        return sequence, step
+    def find(self, position: int) -> tuple[int, int] | None:
+        """The sequence and the step whose output is added to a position, if one is."""
+        found = (self.outputs == position).nonzero()
+        return tuple(found[0].tolist()) if len(found) else None
 
     def row(self, sequence: int, step: int, kind: Kind) -> Tensor:
         """The weights of the steps up to one, for each channel.
@@ -114,7 +114,7 @@ class Scan:
     """A mixer's scan of one image.
 
     Attributes:
-        paths: Its four paths.
+        paths: Its K paths.
         height: H of the map.
         width: W of the map.
     """
@@ -131,7 +131,8 @@ class Scan:
             kind: One of `KINDS`.
 
         Returns:
-            (4, H, W), the mean over channels, one map for each path. They are combined by summing.
+            (K, H, W), the mean over channels, one map for each path. They are combined by summing;
+            that of a path which does not visit the query is zero.
 
         Raises:
             ValueError: If the query lies outside of the map or the kind is unknown.
@@ -139,7 +140,7 @@ class Scan:
         return self.channel_maps(query, kind).mean(-1)
 
     def channel_maps(self, query: tuple[int, int], kind: Kind) -> Tensor:
-        """As `maps`, with each channel's weights: (4, H, W, D), or (4, H, W, 1) for 'qk'."""
+        """As `maps`, with each channel's weights: (K, H, W, D), or (K, H, W, 1) for 'qk'."""
         row, column = query
         if not (0 <= row < self.height and 0 <= column < self.width):
             raise ValueError(f"the query {query} lies outside of {self.height}x{self.width}.")
@@ -147,15 +148,16 @@ class Scan:
             raise ValueError(f"kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
         found = []
         for path in self.paths:
-            sequence, step = path.find(row * self.width + column)
-            weights = path.row(sequence, step, kind)
-            flat = weights.new_zeros(self.height * self.width, weights.shape[-1])
-            flat[path.positions[sequence, : step + 1]] = weights
+            step = path.find(row * self.width + column)
+            channels = 1 if kind == "qk" else path.dt.shape[-1]
+            flat = path.dt.new_zeros(self.height * self.width, channels)
+            if step is not None:
+                flat[path.positions[step[0], : step[1] + 1]] = path.row(*step, kind)
             found.append(flat.unflatten(0, (self.height, self.width)))
         return torch.stack(found)
 
     def diagonals(self, kind: Kind) -> Tensor:
-        """Every position's own weight: (4, H, W), the mean over channels, for each path."""
+        """Every position's own weight: (K, H, W), the mean over channels, for each path."""
         found = []
         for path in self.paths:
             own = (path.Q * path.K).sum(-1)
@@ -172,8 +174,8 @@ class Scan:
         outputs, positions = (
             place.flatten().to(matrix.device) for place in (taken.outputs, taken.positions)
         )
-        found = torch.zeros_like(matrix)
-        found[outputs[:, None], positions] = matrix
+        found = matrix.new_zeros((self.height * self.width,) * 2)
+        found[outputs[:, None], positions] = matrix[: len(outputs), : len(positions)]
         return found
 
 
@@ -213,7 +215,7 @@ def _cascade_paths(mixer: SS2D, x: Tensor) -> list[PathScan]:
     ]
 
 
-def _path(mixer: SS2D, k: int, path: Path, x: Tensor) -> PathScan:
+def _path(mixer: SS2D, k: int, path: Path | ListedPath, x: Tensor) -> PathScan:
     positions = _positions(path, x)
     sequences = x.double().flatten(0, 1)[positions]
     projected = sequences @ mixer.x_proj_weight[k].double().mT
@@ -239,7 +241,7 @@ def _mamba2_paths(mixer: Mamba2Mixer, x: Tensor) -> list[PathScan]:
     return found
 
 
-def _positions(path: Path, x: Tensor) -> Tensor:
+def _positions(path: Path | ListedPath, x: Tensor) -> Tensor:
     return torch.from_numpy(path_positions(path, *x.shape[:2]).copy()).to(x.device)
 
 
@@ -314,15 +316,21 @@ def arrays(scan: Scan, query: tuple[int, int], longest: int) -> dict[str, np.nda
         longest: Attention matrices are left out where the map has more positions.
 
     Returns:
-        'query', and for each kind 'map_KIND' and 'diagonal_KIND', (4, H, W), and
-        'matrix_KIND', (4, L, L), in float32 and in the order of each path.
+        'query', and for each kind 'map_KIND' and 'diagonal_KIND', (K, H, W), and
+        'matrix_KIND', (K, L, L), in float32 and in the order of each path, with zeros at the end of
+        shorter ones.
     """
     found = {"query": np.array(query)}
     for kind in KINDS:
         found[f"map_{kind}"] = scan.maps(query, kind).cpu().numpy()
         found[f"diagonal_{kind}"] = scan.diagonals(kind).cpu().numpy()
         if scan.height * scan.width <= longest:
-            matrices = [path.matrix(kind).float().cpu().numpy() for path in scan.paths]
+            longest_path = max(path.positions.numel() for path in scan.paths)
+            matrices = []
+            for path in scan.paths:
+                missing = longest_path - path.positions.numel()
+                matrix = F.pad(path.matrix(kind).float(), (0, missing, 0, missing))
+                matrices.append(matrix.cpu().numpy())
             found[f"matrix_{kind}"] = np.stack(matrices)
     return found
 
@@ -341,9 +349,10 @@ def draw_maps(image: np.ndarray, found: dict[str, np.ndarray], names: Sequence[s
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.5, 6.9), layout="constrained")
+    columns = 2 + len(names)
+    figure = Figure(figsize=(1.92 * columns, 6.9), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(3, 6)
+    grid = figure.subplots(3, columns)
     for axes, kind in zip(grid[:, 1], KINDS, strict=True):
         axes.set_title(f"{TITLES[kind]}\nall paths", fontsize="small")
     for row, kind in zip(grid, KINDS, strict=True):
@@ -371,9 +380,11 @@ def draw_matrices(scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], t
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 9.2), layout="constrained")
+    # The first row has four.
+    columns = max(4, len(scan.paths))
+    figure = Figure(figsize=(2.5 * columns, 9.2), layout="constrained")
     figure.suptitle(title)
-    grid = figure.subplots(4, 4)
+    grid = figure.subplots(4, columns)
     _show_image(grid[0, 0], image, found)
     grid[0, 0].set_title("image and query", fontsize="small")
     diagonals = ("qk", "contribution")
@@ -395,6 +406,8 @@ def draw_matrices(scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], t
         for axes, values in zip(grid[1:, k], (qk, aligned, weighted), strict=True):
             _show(axes, values)
         grid[1, k].set_title(path.name, fontsize="small")
+    for axes in (*grid[0, 4:], *grid[1:, len(scan.paths) :].flat):
+        axes.remove()
     labels = (TITLES["qk"], f"{TITLES['qk']}, row-major", TITLES["weighted"])
     for axes, label in zip(grid[1:, 0], labels, strict=True):
         axes.set_ylabel(label, fontsize="small")

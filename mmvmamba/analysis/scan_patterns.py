@@ -16,24 +16,44 @@ from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import type_name
 from mmvmamba.models import VMamba
-from mmvmamba.models.ss2d import SCANS, ScanName
-from mmvmamba_kernels.patterns import PATTERNS, Path
+from mmvmamba.models.ss2d import SCANS, ScanName, count_directions, find_scan
+from mmvmamba_kernels.patterns import PATTERNS, Path, find_listed, pattern_paths
 
 
-def paths_of(scan: ScanName) -> tuple[Path, ...]:
-    """The four paths of a scan; those of 'cascade2d' are two along rows, then two along columns.
+@dataclass(frozen=True)
+class ListedPath:
+    """A path of a scan whose paths are lists of positions.
+
+    Attributes:
+        scan: The scan.
+        k: The path's number.
+        column_major: Never: it is one sequence, in an order of its own.
+        reverse: Likewise.
+        per_line: Likewise.
+    """
+
+    scan: str
+    k: int
+    column_major: bool = False
+    reverse: bool = False
+    per_line: bool = False
+
+
+def paths_of(scan: ScanName) -> tuple[Path | ListedPath, ...]:
+    """The paths of a scan; those of 'cascade2d' are two along rows, then two along columns.
 
     Raises:
         ValueError: If there is no such scan.
     """
-    if scan not in SCANS:
-        raise ValueError(f"scan={scan!r} is unknown: choose from {', '.join(SCANS)}.")
+    scan = find_scan(scan)
     if scan == "cascade2d":
         return PATTERNS["rows"] + PATTERNS["columns"]
-    return PATTERNS[scan]
+    if scan in SCANS:
+        return PATTERNS[scan]
+    return tuple(ListedPath(scan, k) for k in range(count_directions(scan)))
 
 
-def path_positions(path: Path, height: int, width: int) -> np.ndarray:
+def path_positions(path: Path | ListedPath, height: int, width: int) -> np.ndarray:
     """The order in which a path visits a map's positions.
 
     Args:
@@ -43,8 +63,13 @@ def path_positions(path: Path, height: int, width: int) -> np.ndarray:
 
     Returns:
         (sequences, steps): the position `row * width + column` at every step of every sequence.
-        One sequence, unless every line is a sequence of its own.
+        One sequence, unless every line is a sequence of its own. A path need not visit every
+        position.
     """
+    if isinstance(path, ListedPath):
+        paths = pattern_paths(path.scan, find_listed(path.scan), height, width)
+        visited = paths[path.k].numpy()
+        return visited[None, visited >= 0]
     lines = np.arange(height * width).reshape(height, width)
     if path.column_major:
         lines = lines.T
@@ -53,15 +78,17 @@ def path_positions(path: Path, height: int, width: int) -> np.ndarray:
     return lines[:, ::-1] if path.reverse else lines
 
 
-def path_name(path: Path) -> str:
+def path_name(path: Path | ListedPath) -> str:
     """What a picture calls a path."""
+    if isinstance(path, ListedPath):
+        return f"{path.scan}, path {path.k + 1}"
     line = "column" if path.column_major else "row"
     name = f"every {line}" if path.per_line else f"{line}s"
     return f"{name}, reversed" if path.reverse else name
 
 
 def draw_patterns(scans: tuple[ScanName, ...] = SCANS, height: int = 6, width: int = 6):
-    """Draws a row for each scan: its four paths on a grid, the order as colour and arrows.
+    """Draws a row for each scan: its paths on a grid, the order as colour and arrows.
 
     Args:
         scans: The scans.
@@ -75,22 +102,30 @@ def draw_patterns(scans: tuple[ScanName, ...] = SCANS, height: int = 6, width: i
     from matplotlib.figure import Figure
 
     aspect = height / width
-    figure = Figure(figsize=(9.2, 2.15 * aspect * len(scans) + 0.3), layout="constrained")
-    grid = figure.subplots(len(scans), 4, squeeze=False)
-    for scan, row in zip(scans, grid, strict=True):
-        for k, (path, axes) in enumerate(zip(paths_of(scan), row, strict=True)):
+    paths = [paths_of(scan) for scan in scans]
+    most = max(map(len, paths))
+    figure = Figure(
+        figsize=(2.1 * most + 0.8, 2.15 * aspect * len(scans) + 0.3), layout="constrained"
+    )
+    grid = figure.subplots(len(scans), most, squeeze=False)
+    for scan, own, row in zip(scans, paths, grid, strict=True):
+        for k, (path, axes) in enumerate(zip(own, row, strict=False)):
             picture = _draw_path(axes, path, height, width)
-            axes.set_title(f"{k + 1}: {path_name(path)}", fontsize="small")
-        row[0].set_ylabel(scan, fontsize="large")
+            name = "" if isinstance(path, ListedPath) else f": {path_name(path)}"
+            axes.set_title(f"{k + 1}{name}", fontsize="small")
+        for axes in row[len(own) :]:
+            axes.set_axis_off()
+        row[0].set_ylabel(find_scan(scan), fontsize="large")
     bar = figure.colorbar(picture, ax=grid, shrink=0.5, ticks=[0, 1])
     bar.set_ticklabels(["first", "last"])
     bar.set_label("order within a sequence")
     return figure
 
 
-def _draw_path(axes, path: Path, height: int, width: int):
+def _draw_path(axes, path: Path | ListedPath, height: int, width: int):
     positions = path_positions(path, height, width)
-    order = np.empty(height * width)
+    # White where the path does not come by.
+    order = np.full(height * width, np.nan)
     order[positions] = np.linspace(0, 1, positions.shape[1])
     picture = axes.imshow(order.reshape(height, width), cmap="viridis", vmin=0, vmax=1, alpha=0.75)
     for sequence in positions:

@@ -5,7 +5,6 @@ product of the low-rank time steps with their weight, which the operator compute
 """
 
 from collections.abc import Callable
-from math import prod
 
 import torch
 from mmengine.analysis import complexity_analysis
@@ -13,14 +12,16 @@ from mmengine.analysis.jit_handles import generic_activation_jit
 from torch.utils.flop_counter import flop_registry
 
 import mmvmamba_kernels  # noqa: F401 (registers the scans' formulas)
+from mmvmamba_kernels.selective_scan_2d.api import scan_sizes
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
-Shape = tuple[int, ...]
 
-
-def count_selective_scan_2d(x: Shape, proj: Shape, dt_weight: Shape, *others, **_) -> int:
-    """FLOPs of a 2D scan of arguments of such shapes."""
-    scan = flop_registry[torch.ops.mmvmamba.selective_scan_2d](x, proj, dt_weight, *others)
-    return scan + prod(proj[:3]) * prod(dt_weight)
+def count_selective_scan_2d(*values, **_) -> int:
+    """FLOPs of a 2D scan, from the operator's arguments with shapes in place of tensors."""
+    scan = flop_registry[torch.ops.mmvmamba.selective_scan_2d](*values)
+    shapes = Arguments(*values[: len(Arguments._fields)])
+    elements, _states = scan_sizes(shapes)
+    return scan + elements * shapes.dt_weight[2]
 
 
 def _handle(formula: Callable[..., int]) -> Callable[[list, list], int]:

@@ -27,16 +27,57 @@ from mmvmamba_kernels import (
     selective_scan_2d_norm,
     state_space_dual,
 )
+from mmvmamba_kernels.patterns import (
+    PathFunction,
+    find_listed,
+    listed_names,
+    name_pattern,
+)
+from mmvmamba_kernels.patterns import count_directions as count_pattern_directions
 
 SCANS = ("cross2d", "unidi", "bidi", "cascade2d")
+"""The paper's scans (table 10)."""
 INITS = ("mamba", "rand", "zero")
 DIRECTIONS = 4
+"""Of the paper's scans."""
 
-ScanName = Literal["cross2d", "unidi", "bidi", "cascade2d"]
+ScanName = str | PathFunction
+"""A name of `SCANS` or of a scan pattern, or the pattern itself; see `find_scan`."""
 InitName = Literal["mamba", "rand", "zero"]
 
 # Mamba's range of time steps at initialisation.
 DT_MIN, DT_MAX = 1e-3, 1e-1
+
+
+def find_scan(scan: ScanName) -> str:
+    """The name of a scan, checked; a function is registered under its own.
+
+    Args:
+        scan: A name of `SCANS`; 'snake', 'diagonal', 'hilbert', 'window7', 'atrous2' (or with
+            another number) or what `mmvmamba_kernels.register_pattern` was given; or a function
+            from a map's height and width to its paths, (K, height * width) positions `row * width +
+            column`, as `register_pattern` takes it.
+
+    Raises:
+        ArgumentError: If there is no such scan, or the function does not give such paths.
+    """
+    if callable(scan):
+        try:
+            return name_pattern(scan)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
+    if not isinstance(scan, str) or (scan not in SCANS and find_listed(scan) is None):
+        known = ", ".join((*SCANS, *listed_names()))
+        raise ArgumentError(
+            f"scan={scan!r} is unknown, choose from {known}, or give a function of height and "
+            "width; mmvmamba_kernels.register_pattern gives one a name."
+        )
+    return scan
+
+
+def count_directions(scan: str) -> int:
+    """The number of directions K of a scan."""
+    return DIRECTIONS if scan in SCANS else count_pattern_directions("VMamba", scan)
 
 
 class SS2D(KeepsFloat32, KeepsPacked):
@@ -47,7 +88,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
         d_state: State size N of each channel.
         ssm_ratio: Channels inside the mixer over C.
         dt_rank: Rank R of the time step's projection; 'auto' is ceil(C / 16).
-        scan: The paths along which the map is scanned.
+        scan: The paths along which the map is scanned; see `find_scan`.
         gated: Whether a second branch multiplies the scan's output (vanilla VMamba).
         dwconv: Whether a depth-wise 3x3 convolution stands before the scan.
         dwconv_bias: Whether that convolution has a bias.
@@ -77,25 +118,27 @@ class SS2D(KeepsFloat32, KeepsPacked):
         drop: float = 0.0,
     ):
         super().__init__()
-        check_choice("scan", scan, SCANS)
         check_choice("act", act, ACTIVATIONS)
         check_choice("init", init, INITS)
         inner = int(ssm_ratio * channels)
         if dt_rank == "auto":
             dt_rank = math.ceil(channels / 16)
-        self.scan, self.gated = scan, gated
+        self.scan, self.gated = find_scan(scan), gated
+        self.directions = count_directions(self.scan)
         self.dt_rank, self.d_state = dt_rank, d_state
         self.in_proj = nn.Linear(channels, inner * (2 if gated else 1), bias=False)
         self.conv2d = build_depthwise_conv(inner, dwconv_bias) if dwconv else None
         self.act = act
-        self.x_proj_weight = nn.Parameter(projection_weight(dt_rank + 2 * d_state, inner))
+        self.x_proj_weight = nn.Parameter(
+            projection_weight(dt_rank + 2 * d_state, inner, self.directions)
+        )
         self._init_ssm(inner, d_state, dt_rank, init)
         self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
     def _init_ssm(self, inner: int, d_state: int, dt_rank: int, init: InitName) -> None:
-        shape = (DIRECTIONS, inner)
+        shape = (self.directions, inner)
         if init == "mamba":
             bound = dt_rank**-0.5
             dt_weight = torch.empty(*shape, dt_rank).uniform_(-bound, bound)
@@ -109,7 +152,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
         self.dt_projs_bias = nn.Parameter(dt_bias)
         # The official names join directions and channels into one dimension.
         self.A_logs = nn.Parameter(a_log.flatten(0, 1).clone())
-        self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
+        self.Ds = nn.Parameter(torch.ones(self.directions * inner))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map.
@@ -183,7 +226,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
 
     def _per_direction(self, parameter: Tensor) -> Tensor:
         """Splits the official joint dimension of directions and channels."""
-        return parameter.unflatten(0, (DIRECTIONS, -1))
+        return parameter.unflatten(0, (self.directions, -1))
 
 
 class Mamba2Mixer(KeepsFloat32, KeepsPacked):
@@ -347,10 +390,10 @@ def convolve(conv: nn.Module | None, act: ActivationName, x: Tensor) -> Tensor:
     return depthwise_conv(x, *parameters, act=act)
 
 
-def projection_weight(out_features: int, in_features: int) -> Tensor:
-    """The four directions' projections, (4, out, in), each as torch initialises a linear layer."""
+def projection_weight(out_features: int, in_features: int, directions: int = DIRECTIONS) -> Tensor:
+    """The directions' projections, (K, out, in), each as torch initialises a linear layer."""
     bound = 1 / math.sqrt(in_features)
-    return torch.empty(DIRECTIONS, out_features, in_features).uniform_(-bound, bound)
+    return torch.empty(directions, out_features, in_features).uniform_(-bound, bound)
 
 
 def inverse_softplus_of_log_uniform(shape: tuple[int, ...]) -> Tensor:

@@ -34,7 +34,7 @@ from mmvmamba.models.layers import (
     normalize,
 )
 from mmvmamba.models.precompile import prepare
-from mmvmamba.models.ss2d import INITS, SCANS, SS2D, InitName, Mamba2Mixer, ScanName
+from mmvmamba.models.ss2d import INITS, SS2D, InitName, Mamba2Mixer, ScanName, find_scan
 from mmvmamba.registry import MODELS
 
 COMPILE_OPTIONS = {"layout_optimization": False}
@@ -58,7 +58,9 @@ class Arch:
         dt_rank: Rank of the time step's projection (heads of the Mamba-2 mixer); 'auto' is
             ceil(dim / 16).
         mixer: 'ss2d' or 'mamba2'.
-        scan: 'cross2d', 'unidi', 'bidi' or 'cascade2d' (paper, table 10).
+        scan: 'cross2d', 'unidi', 'bidi' or 'cascade2d' (paper, table 10); by lists of positions
+            'snake', 'diagonal', 'hilbert', 'window7', 'atrous2' (or another number); or a function
+            of height and width. See `find_scan` and docs/scan_paths.md.
         gated: Whether SS2D has the multiplicative branch.
         dwconv: Whether SS2D has its depth-wise convolution.
         dwconv_bias: Whether that convolution has a bias.
@@ -107,7 +109,6 @@ class Arch:
             )
         for name, valid in (
             ("mixer", ("ss2d", "mamba2")),
-            ("scan", SCANS),
             ("act", tuple(ACTIVATIONS)),
             ("init", INITS),
             ("mlp_act", tuple(ACTIVATIONS)),
@@ -116,6 +117,7 @@ class Arch:
             ("downsample", ("v1", "v2", "v3")),
         ):
             check_choice(name, getattr(self, name), valid)
+        object.__setattr__(self, "scan", find_scan(self.scan))
         for name in ("ssm_drop", "mlp_drop", "drop_path_rate"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:

@@ -73,7 +73,7 @@ def test_contributions_are_the_derivatives_of_the_oracle(pattern, states):
         )
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", [*SCANS, "hilbert", "atrous2", "atrous3"])
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
 def test_the_weights_give_what_the_mixer_gives(scan, gated):
@@ -83,10 +83,11 @@ def test_the_weights_give_what_the_mixer_gives(scan, gated):
     x = convolve(mixer.conv2d, mixer.act, x.chunk(2, -1)[0] if gated else x)
     expected = mixer._scan(x)
     # The cascade's output is that of its second half, along columns.
-    last = slice(2, 4) if scan == "cascade2d" else slice(0, 4)
+    last = slice(2, 4) if scan == "cascade2d" else slice(mixer.directions)
+    ks = range(mixer.directions)[last]
     y = torch.stack(
         [
-            sum(outcome(found.paths[k], row * WIDTH + column, mixer, k) for k in range(4)[last])
+            sum(outcome(found.paths[k], row * WIDTH + column, mixer, k) for k in ks)
             for row in range(HEIGHT)
             for column in range(WIDTH)
         ]
@@ -96,10 +97,13 @@ def test_the_weights_give_what_the_mixer_gives(scan, gated):
 
 
 def outcome(path: PathScan, position, mixer, k):
-    sequence, step = path.find(position)
+    place = path.find(position)
+    if place is None:
+        return 0
+    sequence, step = place
     weights, x = path.row(sequence, step, "contribution"), path.x[sequence, : step + 1]
     width = x.shape[1] // weights.shape[1]
-    skip = mixer.Ds.flatten().view(4, -1)[k]
+    skip = mixer.Ds.flatten().view(len(mixer.x_proj_weight), -1)[k]
     return (weights.repeat_interleave(width, 1) * x).sum(0) + skip * x[step]
 
 
@@ -114,7 +118,7 @@ def test_the_weights_give_what_the_mamba2_mixer_gives():
         torch.testing.assert_close(y, expected[0].flatten(0, 1)[position], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("scan", [*SCANS, "diagonal", "atrous2"])
 def test_a_row_of_the_matrix_is_the_map_of_its_query(scan):
     found = scan_of(make_mixer(scan), make_map())
     position = QUERY[0] * WIDTH + QUERY[1]
@@ -124,6 +128,7 @@ def test_a_row_of_the_matrix_is_the_map_of_its_query(scan):
             matrix = path.matrix(kind)
             assert (matrix.triu(1) == 0).all()
             row = found.aligned(k, matrix)[position]
+            assert (path.find(position) is not None) == bool(row.any())
             torch.testing.assert_close(row, maps[k].flatten())
             # The order of the diagonal is that of the positions that are read.
             torch.testing.assert_close(
@@ -179,6 +184,17 @@ def test_queries_outside_and_unknown_kinds_are_refused():
         found.maps((4, 0), "qk")
     with pytest.raises(ValueError, match="choose from qk, weighted, contribution"):
         found.maps(QUERY, "w")
+
+
+def test_maps_of_more_and_shorter_paths_are_drawn():
+    found = scan_of(make_mixer("atrous3"), make_map())
+    data = activation_maps.arrays(found, QUERY, longest=20)
+    assert data["matrix_qk"].shape == (9, 4, 4)
+    names = [path.name for path in found.paths]
+    figure = activation_maps.draw_maps(np.zeros((8, 10, 3)), data, names, "title")
+    assert len(figure.axes) == 3 * 11
+    figure = activation_maps.draw_matrices(found, np.zeros((8, 10, 3)), data, "title")
+    assert len(figure.axes) == 4 + 3 * 9
 
 
 def test_what_is_drawn_is_the_maps():

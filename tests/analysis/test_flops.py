@@ -76,7 +76,7 @@ def test_attention_is_two_products():
     assert found.flops == 2 * 2 * 6 * 6 * 4
 
 
-@pytest.mark.parametrize("scan", ["cross2d", "unidi", "bidi", "cascade2d"])
+@pytest.mark.parametrize("scan", ["cross2d", "unidi", "bidi", "cascade2d", "hilbert", "atrous2"])
 @pytest.mark.parametrize("mode", [nullcontext(), FakeTensorMode()], ids=["real", "fake"])
 def test_ss2d_is_the_sum_of_its_products_and_its_scans(scan, mode):
     channels, states, rank, height, width = 6, 3, 2, 4, 5
@@ -86,11 +86,13 @@ def test_ss2d_is_the_sum_of_its_products_and_its_scans(scan, mode):
         x = torch.zeros(1, height, width, channels)
         found = count_model(op, lambda m: m(x), (height, width))
     products = channels * 2 * inner + 9 * inner + inner * channels
-    projected = 4 * inner * (rank + 2 * states) + 4 * rank * inner
-    scanned = 4 * inner * (9 * states + 1)
+    projected = 4 * inner * (rank + 2 * states)
+    # Every second row and column has 6 of the 20 positions, at most.
+    steps = 6 if scan == "atrous2" else positions
+    scanned = 4 * inner * (rank + 9 * states + 1)
     # The cascade normalises twice, with no weights.
     norms = 5 * inner + (2 * 4 * inner if scan == "cascade2d" else 0)
-    assert found.flops == positions * (products + projected + scanned + norms)
+    assert found.flops == positions * (products + projected + norms) + steps * scanned
 
 
 def test_modules_add_up_and_lists_are_no_level():

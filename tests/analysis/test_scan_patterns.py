@@ -11,13 +11,14 @@ from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.scan_patterns import (
     compare_patterns,
     draw_patterns,
+    path_name,
     path_positions,
     paths_of,
     pattern_table,
 )
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models.ss2d import SCANS
-from mmvmamba_kernels.testing import paths
+from mmvmamba_kernels.testing import listed_paths, paths
 
 CONFIG = "configs/sample/vmamba-sample_imagenet.py"
 HEIGHT, WIDTH = 3, 5
@@ -61,6 +62,19 @@ def test_the_drawn_order_is_the_oracles(scan):
         # The dots.
         starts = [(line.get_ydata()[0], line.get_xdata()[0]) for line in axes.lines]
         assert starts == [sequence[0] for sequence in sequences]
+
+
+def test_lists_of_positions_are_drawn():
+    figure = draw_patterns(("window2", "atrous2", "atrous3"), HEIGHT, WIDTH)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 4 + 4 + 9
+    for axes, order in zip(panels[:4], listed_paths("window2", HEIGHT, WIDTH), strict=True):
+        colours = np.asarray(axes.images[0].get_array()).flatten()
+        np.testing.assert_allclose(colours[order], np.linspace(0, 1, len(order)))
+    for axes, order in zip(panels[4:8], listed_paths("atrous2", HEIGHT, WIDTH), strict=True):
+        colours = axes.images[0].get_array()
+        assert np.flatnonzero(~np.ma.getmaskarray(colours)).tolist() == sorted(order)
+    assert path_name(paths_of("atrous2")[1]) == "atrous2, path 2"
 
 
 def test_unknown_scans_are_refused():
@@ -120,6 +134,10 @@ def test_the_picture_from_the_command_line(run_tool, tmp_path):
     assert (tmp_path / "new/p.png").stat().st_size > 10_000
     arrays = np.load(tmp_path / "new/p.npz")
     assert len(arrays.files) == 16
+    status, _ = run_tool("--scans", "hilbert", "--grid", "4", "4", "--out", "hilbert.png")
+    assert status == 0
+    assert sorted(np.load(tmp_path / "hilbert.npz")["hilbert_1"][0]) == list(range(16))
+    assert run_tool("--scans", "spiral")[0] == 2
     assert arrays["cross2d_2"].tolist() == [[0, 5, 10, 1, 6, 11, 2, 7, 12, 3, 8, 13, 4, 9, 14]]
 
 

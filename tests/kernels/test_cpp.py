@@ -261,7 +261,7 @@ def test_gradcheck_1d():
 def test_opcheck():
     args = tuple(arguments_2d((2, 5, 6, 3, 2, 2)).values())
     operator = torch.ops.mmvmamba.selective_scan_2d.default
-    torch.library.opcheck(operator, (*args, "cross2d", "cpp", True))
+    torch.library.opcheck(operator, (*args, None, "cross2d", "cpp", True))
     args = tuple(selective_scan_arguments(2, 2, 3, 2, 70).values())
     operator = torch.ops.mmvmamba.selective_scan.default
     torch.library.opcheck(operator, (*args, True, torch.float32, "cpp", True))

@@ -341,7 +341,7 @@ def test_gradcheck_1d():
 def test_opcheck():
     args = tuple(arguments_2d((2, 5, 6, 3, 2, 2)).values())
     operator = torch.ops.mmvmamba.selective_scan_2d.default
-    torch.library.opcheck(operator, (*args, "cross2d", BACKEND, True))
+    torch.library.opcheck(operator, (*args, None, "cross2d", BACKEND, True))
     args = tuple(arguments_1d((2, 2, 3, 2, 70)).values())
     operator = torch.ops.mmvmamba.selective_scan.default
     torch.library.opcheck(operator, (*args, True, torch.float32, BACKEND, True))

@@ -54,7 +54,7 @@ CASES = {
     "selective_scan_2d": Case(
         selective_scan_2d,
         lambda size, **kwargs: selective_scan_2d_arguments(2, size, size + 2, 3, 2, 2, **kwargs),
-        ("cross2d",),
+        (None, "cross2d"),
         2 * 4 * 35 * 3 * (9 * 2 + 1),
     ),
     "state_space_dual": Case(

@@ -278,7 +278,7 @@ def test_long_narrow_map():
         ({"A": torch.zeros(16, 1)}, r"A must be \(K, D, N\), 3-dimensional"),
         ({"D": torch.zeros(4, 5)}, r"D must be \(K, D\) = \(4, 4\)"),
         ({"D": torch.zeros(4, 4, device="meta")}, "D is on meta but x is on cpu"),
-        ({"pattern": "diagonal"}, "pattern must be one of cross2d, unidi, bidi, rows, columns"),
+        ({"pattern": "spiral"}, "pattern must be one of cross2d, unidi, bidi, rows, columns"),
         ({"pattern": "rows"}, "with pattern 'rows'"),
     ],
 )

@@ -88,6 +88,40 @@ def test_2d_output_and_gradients(pattern, shape):
     check_2d(arguments_2d(pattern, shape), pattern)
 
 
+# Paths that are shorter than a group of positions, longer than one, and empty.
+LISTS = {
+    "permutations": [[4, 0, 7, 2, 9, 1, 3, 8, 5, 6], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]],
+    "parts": [[3, 7, 0, 5, 9, 1, 2, 8, 6], [4, 3, -1, -1, -1, -1, -1, -1, -1], [-1] * 9],
+}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("kind", "states"), [("permutations", 1), ("parts", 1), ("parts", 2)])
+def test_2d_lists_of_positions(kind, states, request):
+    paths = LISTS[kind]
+    arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, states, len(paths), device=DEVICE)
+    lists = torch.tensor(paths, device=DEVICE)
+    orders = [[[p for p in path if p >= 0]] for path in paths]
+    expected = output_and_gradients(
+        lambda **tensors: selective_scan_2d_oracle(**tensors, orders=orders), arguments
+    )
+
+    def check(tensors, tolerance):
+        actual = output_and_gradients(
+            lambda **t: selective_scan_2d(**t, paths=lists, backend="triton"), tensors
+        )
+        found = errors(actual, expected)
+        assert max(found.values()) < tolerance, found
+
+    check(arguments, TOLERANCE[torch.float32])
+    request.getfixturevalue("chunks")
+    check(arguments, TOLERANCE[torch.float32])
+    if states == 1:
+        # A buffer for each direction.
+        low = {n: t.detach().bfloat16().requires_grad_() for n, t in arguments.items()}
+        check(low, TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_2d_dtypes(dtype):
@@ -314,7 +348,7 @@ def test_registration():
     arguments = selective_scan_2d_arguments(1, 2, 2, 2, 1, 1, 2, device=DEVICE)
     torch.library.opcheck(
         torch.ops.mmvmamba.selective_scan_2d.default,
-        (*arguments.values(), "rows", "triton", True),
+        (*arguments.values(), None, "rows", "triton", True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     compiled = torch.compile(scan_2d("rows"), fullgraph=True, backend="aot_eager")

@@ -187,6 +187,14 @@ def test_2d_cases_compile(case, launches, tmp_path):
         assert all(r.stack <= SPILL for r in resources), resources
 
 
+def test_lists_of_positions_compile(launches, tmp_path):
+    arguments = selective_scan_2d_arguments(1, 9, 9, 32, 2, 1, dtype=torch.bfloat16)
+    run("selective_scan_2d", arguments, pattern="atrous2")
+    resources = compile_all(launches, 90, tmp_path)
+    assert {r.kernel for r in resources} == set(KERNELS)
+    assert all(r.stack <= SPILL for r in resources), resources
+
+
 def test_offsets_of_64_bits_compile(launches, monkeypatch, tmp_path):
     from mmvmamba_kernels.backends.triton import scan as triton_scan
 

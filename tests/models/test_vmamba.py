@@ -1,6 +1,7 @@
 """The backbone against the official implementation's numbers, and its options."""
 
 import copy
+import math
 
 import golden
 import pytest
@@ -8,7 +9,10 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmvmamba.models import MM_VSSM, VMamba
+from mmvmamba.models.layers import linear
+from mmvmamba.models.ss2d import convolve
 from mmvmamba.registry import MODELS
+from mmvmamba_kernels import selective_scan_2d
 
 # float32 on both sides, summed in different orders.
 GOLDEN_TOLERANCE = 1e-4
@@ -237,6 +241,49 @@ def test_float64(scan):
     assert all(o.dtype == torch.float64 for o in model(torch.randn(1, 3, 32, 32).double()))
 
 
+def spread(height, width):
+    """Three permutations: strides of about the golden section, and two shifts of it."""
+    positions = height * width
+    step = next(s for s in range(round(0.6 * positions) or 1, 0, -1) if math.gcd(s, positions) == 1)
+    first = torch.arange(positions) * step % positions
+    return torch.stack([(first + shift) % positions for shift in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("scan", "directions"), [("hilbert", 4), ("window3", 4), ("atrous3", 9), (spread, 3)], ids=str
+)
+def test_scans_along_lists_of_positions_train(scan, directions):
+    small = {"dims": 8, "depths": (1, 1), "d_state": 2, "drop_path_rate": 0.0}
+    model = VMamba(small, scan=scan)
+    assert model.layers[0].blocks[0].op.Ds.shape == (directions * 8,)
+    # 9 by 12 positions, then 5 by 6.
+    images = torch.randn(2, 3, 36, 48)
+    outs = model(images)
+    sum(o.square().mean() for o in outs).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+    # What the mixer gives is the scan of the operator along these paths.
+    op, x = model.layers[0].blocks[0].op, torch.randn(1, 5, 6, 8)
+    paths = spread(5, 6) if scan is spread else None
+    if paths is not None:
+        x = convolve(op.conv2d, op.act, op.in_proj(x))
+        y = selective_scan_2d(
+            x,
+            linear(x, op.x_proj_weight).unflatten(-1, op.x_proj_weight.shape[:2]),
+            op.dt_projs_weight,
+            op.dt_projs_bias,
+            -op.A_logs.exp().unflatten(0, (3, -1)),
+            op.Ds.unflatten(0, (3, -1)),
+            paths=paths,
+        )
+        torch.testing.assert_close(op._scan(x), op.out_norm(y))
+    # Its name is enough for a copy.
+    copied = VMamba(small, scan=model.arch.scan)
+    copied.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(copied(images), outs, strict=True))
+
+
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg", "mmpretrain"])
 def test_builds_from_every_scope_without_an_import(scope):
     registry = pytest.importorskip(f"{scope}.registry").MODELS
@@ -256,6 +303,10 @@ def test_builds_from_every_scope_without_an_import(scope):
         ({"arch": SMALL | {"dims": 0}}, "dims=.*positive integers"),
         ({"arch": SMALL | {"stem": "v3"}}, "stem='v3' is unknown, choose from v1, v2"),
         ({"scan": "zigzag"}, "scan='zigzag' is unknown, choose from cross2d"),
+        ({"scan": "window0"}, r"scan='window0' is unknown.*window\{n\}"),
+        ({"scan": 3}, "scan=3 is unknown, choose from cross2d"),
+        ({"scan": lambda h, w: [[0] * h * w]}, "path 0 must be a permutation of the 64 positions"),
+        ({"arch": "tiny-m2", "scan": "hilbert"}, "no other scan than 'cross2d'"),
         ({"act": "tanh"}, "act='tanh' is unknown, choose from gelu, relu, silu"),
         ({"d_state": 0}, "d_state=0 must be"),
         ({"dt_rank": "full"}, "dt_rank='full' must be 'auto'"),

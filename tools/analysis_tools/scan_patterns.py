@@ -25,7 +25,7 @@ from mmvmamba.analysis.scan_patterns import (
 from mmvmamba.analysis.throughput import ROUNDS
 from mmvmamba.engine.cli import run_command
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.models.ss2d import SCANS
+from mmvmamba.models.ss2d import SCANS, find_scan
 
 CONFIG = "configs/vmamba/vmamba-tiny-s1l8_8xb128_in1k.py"
 GPU_BATCHES, CPU_BATCHES = (128, 128), (1, 2)
@@ -33,10 +33,18 @@ GPU_BATCHES, CPU_BATCHES = (128, 128), (1, 2)
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw the four paths of each scan pattern on a grid, or compare speed and "
+        description="Draw the paths of each scan pattern on a grid, or compare speed and "
         "memory of the patterns, with and without depth-wise convolution (paper, table 10)."
     )
-    parser.add_argument("--scans", nargs="+", choices=SCANS, default=list(SCANS))
+    parser.add_argument(
+        "--scans",
+        nargs="+",
+        type=_scan,
+        default=list(SCANS),
+        metavar="SCAN",
+        help="cross2d, unidi, bidi, cascade2d (all by default), snake, diagonal, hilbert, window7 "
+        "or atrous2 (or another number)",
+    )
     draw = parser.add_argument_group("the picture")
     draw.add_argument(
         "--grid", type=int, nargs=2, default=[6, 6], metavar=("H", "W"), help="(default: 6 6)"
@@ -73,6 +81,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
     return options
+
+
+def _scan(name: str) -> str:
+    try:
+        return find_scan(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def draw(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmvmamba_kernels
 from acceptance.run import LEFT_OUT, MET, WRONG, Run, captured, equal, tell
-from mmvmamba_kernels.patterns import PATTERNS
+from mmvmamba_kernels.patterns import PATTERNS, count_directions
 from mmvmamba_kernels.testing import ARGUMENTS, ORACLES, errors, output_and_gradients
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -83,7 +83,7 @@ class Case:
 
 
 def _scan(sizes: tuple[int, ...], dtype: torch.dtype, pattern: str = "cross2d", **options) -> Case:
-    sizes = (*sizes, len(PATTERNS[pattern]))
+    sizes = (*sizes, count_directions("acceptance", pattern))
     return Case("selective_scan_2d", sizes, dtype, {"pattern": pattern}, **options)
 
 
@@ -115,7 +115,10 @@ def cases(tiny: bool = False) -> list[Case]:
     """Every operator, dtype and pattern, and odd sizes; a few of each kind if ``tiny``."""
     if tiny:
         return _tiny()
-    found = [_scan((2, 5, 7, 40, 3, 1), dtype, pattern) for dtype in DTYPES for pattern in PATTERNS]
+    # The last two are lists of positions: of the whole map, and of a part of it each.
+    patterns = (*PATTERNS, "snake", "atrous2")
+    found = [_scan((2, 5, 7, 40, 3, 1), dtype, pattern) for dtype in DTYPES for pattern in patterns]
+    found.append(_scan((2, 13, 9, 96, 6, 16), torch.float32, "atrous2"))
     for sizes in _SIZES_2D:
         found.append(_scan(sizes, torch.float32))
         found.append(_scan(sizes, torch.bfloat16, mixed=True))

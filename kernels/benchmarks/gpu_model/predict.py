@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 from gpu_model.harness import Launch
-from gpu_model.record import PHASES, SHAPES, core_launches, parse_shape
+from gpu_model.record import PATTERN, PHASES, SHAPES, core_launches, parse_shape
 from gpu_model.sim import COPY_RATE, LAUNCH_MS, Prediction, dram_share, kernel_time
 
 _MAPS = {
@@ -75,12 +75,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="gpu_model predict", description=__doc__)
     parser.add_argument("--shape", type=parse_shape, action="append", help="B,H,W,D; may repeat")
     parser.add_argument("--states", type=int, default=1)
+    parser.add_argument("--pattern", default=PATTERN, help="of four directions")
     parser.add_argument("--save", type=Path, help="JSON file, for gpu_check.py")
     args = parser.parse_args(argv)
     table = {}
     print("predicted, not measured; ms on an H200, bf16, without matrix products and small sums")
     for shape in args.shape or SHAPES:
-        launches = core_launches(shape, args.states)
+        launches = core_launches(shape, args.states, args.pattern)
         totals = []
         for phase in PHASES:
             found = [(launch, predict(launch, shape)) for launch in launches[phase]]

@@ -22,7 +22,7 @@ SHAPES = (
 PHASES = ("inference forward", "training forward", "training backward")
 
 _DIRECTIONS = 4
-_PATTERN = "cross2d"
+PATTERN = "cross2d"
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -48,14 +48,16 @@ def core_arguments(shape: tuple[int, ...], states: int) -> dict[str, torch.Tenso
     }
 
 
-def core_launches(shape: tuple[int, ...], states: int = 1) -> dict[str, list[Launch]]:
-    """What ``selective_scan_2d_norm`` launches, by phase."""
+def core_launches(
+    shape: tuple[int, ...], states: int = 1, pattern: str = PATTERN
+) -> dict[str, list[Launch]]:
+    """What ``selective_scan_2d_norm`` launches, by phase; ``pattern`` has four directions."""
     from mmvmamba_kernels.backends.triton import scan as walks
     from mmvmamba_kernels.layer_norm import triton_impl as norm
     from mmvmamba_kernels.selective_scan_2d import triton_impl as scan
     from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
-    arguments = Arguments(**core_arguments(shape, states), pattern=_PATTERN)
+    arguments = Arguments(**core_arguments(shape, states), pattern=pattern)
     weight = meta(shape[3], dtype=torch.float32)
     low = torch.bfloat16
     launches = {}

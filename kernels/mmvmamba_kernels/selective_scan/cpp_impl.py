@@ -63,6 +63,7 @@ def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, 
                 1,
                 length,
                 cpp_scan.path_codes(_PATHS),
+                None,
                 softplus,
             ),
         )

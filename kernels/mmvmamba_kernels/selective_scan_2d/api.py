@@ -8,9 +8,9 @@ from mmvmamba_kernels.arguments import check_positive, check_rank, check_shape, 
 from mmvmamba_kernels.backends.native import extension
 from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
-from mmvmamba_kernels.patterns import PATTERNS
+from mmvmamba_kernels.patterns import count_directions, is_integer
 from mmvmamba_kernels.registration import Operator
-from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments, count_steps
 
 _OP = "selective_scan_2d"
 
@@ -28,6 +28,7 @@ def selective_scan_2d(
     D: Tensor,
     *,
     pattern: str = "cross2d",
+    paths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Scan a map along K paths, each with its own selective state space model, and sum the results.
@@ -55,7 +56,15 @@ def selective_scan_2d(
         pattern: The paths. K = 4: 'cross2d' (k = 0 row by row, 1 column by column, 2 and 3 the same
             reversed), 'unidi' (row by row four times), 'bidi' (k = 0, 1 row by row, 2, 3 the same
             reversed). K = 2: 'rows' and 'columns', in which every row or column is a sequence of
-            its own (k = 0 forwards, 1 reversed).
+            its own (k = 0 forwards, 1 reversed). By lists of positions, which are made once for a
+            size: 'snake', 'diagonal', 'hilbert', 'window7' (or another number; K = 4), 'atrous2'
+            (or n; K = n * n): see :mod:`mmvmamba_kernels.scan_paths`; and what
+            :func:`mmvmamba_kernels.register_pattern` was given.
+        paths: Paths of one's own in place of a pattern, (K, L) int32 or int64, on the device of
+            ``x``: path k visits the positions ``row * W + column`` of its row, in that order. With
+            L = H * W every path must visit every position once. With fewer, a path visits
+            different positions and may end in -1; it adds nothing to those where it does not come
+            by. The values are checked, which waits for a GPU, when a tensor is new or was changed.
         backend: Name of the implementation; None chooses one per call (see
             :mod:`mmvmamba_kernels.dispatch`).
 
@@ -63,11 +72,12 @@ def selective_scan_2d(
         The sum over the K directions, (B, H, W, D), in the dtype of ``x``.
 
     Raises:
-        TypeError: If an argument is not a floating-point tensor.
-        ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
+        TypeError: If an argument is not a floating-point tensor, or paths are no integer one.
+        ValueError: If shapes or devices do not fit one another, the pattern is unknown, or a path
+            leaves the map or visits a position twice.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    arguments = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
+    arguments = Arguments(x, proj, dt_weight, dt_bias, A, D, paths, pattern)
     check_arguments(_OP, arguments)
     return _operator(arguments, check_name(_OP, backend))
 
@@ -76,14 +86,11 @@ def check_arguments(op: str, arguments: Arguments) -> None:
     """Check the arguments of a 2D scan; ``op`` is the function that messages name.
 
     Raises:
-        TypeError: If an argument is not a floating-point tensor.
+        TypeError: If an argument is not a floating-point tensor, or paths are no integer one.
         ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
     """
-    *tensors, pattern = arguments
+    *tensors, paths, pattern = arguments
     check_tensors(op, dict(zip(arguments._fields, tensors, strict=False)))
-    if pattern not in PATTERNS:
-        raise ValueError(f"{op}: pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
-    directions = len(arguments.paths)
     x, proj, dt_weight, dt_bias, A, D = tensors
     check_rank(op, "x", x, "(B, H, W, D)")
     check_rank(op, "dt_weight", dt_weight, "(K, D, R)")
@@ -91,11 +98,16 @@ def check_arguments(op: str, arguments: Arguments) -> None:
     batch, height, width, channels = x.shape
     rank, states = dt_weight.shape[2], A.shape[2]
     check_positive(op, H=height, W=width, D=channels, R=rank, N=states)
+    if paths is None:
+        directions, given = count_directions(op, pattern), f"pattern {pattern!r}"
+    else:
+        _check_paths(op, paths, x)
+        directions, given = paths.shape[0], f"{paths.shape[0]} paths"
     check_shape(
         op,
         "dt_weight",
         dt_weight,
-        f"(K, D, R) with pattern {pattern!r}",
+        f"(K, D, R) with {given}",
         (directions, channels, rank),
     )
     check_shape(op, "dt_bias", dt_bias, "(K, D)", (directions, channels))
@@ -110,10 +122,33 @@ def check_arguments(op: str, arguments: Arguments) -> None:
     )
 
 
-def _sizes(shapes: Arguments) -> tuple[int, int]:
+def _check_paths(op: str, paths: Tensor, x: Tensor) -> None:
+    """Check paths but for their values, which a compiler does not know."""
+    if not isinstance(paths, Tensor) or not is_integer(paths.dtype):
+        found = paths.dtype if isinstance(paths, Tensor) else type(paths).__name__
+        raise TypeError(f"{op}: paths must be a tensor of int32 or int64, got {found}")
+    if paths.device != x.device:
+        raise ValueError(
+            f"{op}: paths is on {paths.device} but x is on {x.device}; move them to one device"
+        )
+    positions = x.shape[1] * x.shape[2]
+    if paths.ndim != 2 or paths.shape[0] < 1 or not 1 <= paths.shape[1] <= positions:
+        raise ValueError(
+            f"{op}: paths must be (K, L) with L = H * W = {positions}, or fewer where not every "
+            f"position is visited, got shape {tuple(paths.shape)}"
+        )
+
+
+def scan_sizes(shapes: Arguments) -> tuple[int, int]:
+    """Scanned elements (channels times positions of all sequences), and the state dimension.
+
+    Args:
+        shapes: The arguments, with shapes in place of tensors.
+    """
     batch, height, width, channels = shapes.x
     directions, _, states = shapes.A
-    return batch * directions * height * width * channels, states
+    steps = count_steps(shapes.paths, shapes.pattern, height, width)
+    return batch * directions * steps * channels, states
 
 
-_operator = Operator(_OP, Arguments, _sizes)
+_operator = Operator(_OP, Arguments, scan_sizes)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
 from mmvmamba_kernels.backends.native import cpp_scan
+from mmvmamba_kernels.path_lists import PathLists
 from mmvmamba_kernels.selective_scan_2d import cuda_impl
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
@@ -15,17 +16,28 @@ def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
     if scan.x.is_cuda:
         return cuda_impl.carries_shape(scan)
-    return cpp_scan.carries_shape(*scan.x.shape, scan.A.shape[2], scan.paths)
+    batch, height, width, channels = scan.x.shape
+    if scan.steps is not None:
+        # A list is, in this, a map of one row.
+        height, width = 1, scan.steps
+    return cpp_scan.carries_shape(batch, height, width, channels, scan.A.shape[2], scan.directions)
 
 
-def _arguments(scan: Arguments) -> tuple:
+def _arguments(scan: Arguments, lists: PathLists | None) -> tuple:
     dtype = state_dtype(*scan)
     x, proj, dt_weight, dt_bias, A, D = (t.to(dtype) for t in scan[:6])
-    codes = cpp_scan.path_codes(scan.paths)
+    codes = cpp_scan.path_codes(scan.directions)
+    table = None if lists is None else lists.table
+    # The library knows skip connections of the whole map alone.
+    if scan.partial:
+        D = None
     _, height, width, _ = x.shape
     positions = x.contiguous().flatten(1, 2)
     coefficients = proj.contiguous().flatten(1, 2)
-    return positions, None, coefficients, dt_weight, dt_bias, A, D, height, width, codes, True
+    return (
+        *(positions, None, coefficients, dt_weight, dt_bias, A, D),
+        *(height, width, codes, table, True),
+    )
 
 
 def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
@@ -37,11 +49,14 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """
     if scan.x.is_cuda:
         return cuda_impl.forward(scan, save_carries)
-    arguments = _arguments(scan)
+    lists = scan.lists()
+    arguments = _arguments(scan, lists)
     positions = arguments[0]
     out = torch.empty_like(positions)
     carries = positions.new_empty(carries_shape(scan) if save_carries else (0,))
     torch.ops.mmvmamba_cpp.scan_forward(*arguments, out, carries if save_carries else None)
+    if scan.partial:
+        out.addcmul_(positions, lists.skips(scan.D.to(out.dtype)))
     return out.view(scan.x.shape).to(scan.x.dtype), carries
 
 
@@ -51,13 +66,17 @@ def backward(
     """See :func:`mmvmamba_kernels.selective_scan_2d.reference.backward`."""
     if scan.x.is_cuda:
         return cuda_impl.backward(grad_out, carries, scan)
-    arguments = _arguments(scan)
+    lists = scan.lists()
+    arguments = _arguments(scan, lists)
     positions = arguments[0]
     grad_out = grad_out.to(positions.dtype).contiguous().flatten(1, 2)
     grad_x = torch.empty_like(positions)
     grads = torch.ops.mmvmamba_cpp.scan_backward(grad_out, carries, *arguments, grad_x, None)
     grad_proj, grad_weight, grad_bias, grad_A, grad_D = grads
-    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    x, proj, dt_weight, dt_bias, A, D = scan[:6]
+    if scan.partial:
+        grad_x.addcmul_(grad_out, lists.skips(D.to(grad_x.dtype)))
+        grad_D = lists.grad_skips(positions, grad_out)
     return (
         grad_x.view(x.shape).to(x.dtype),
         grad_proj.view(proj.shape).to(proj.dtype),

@@ -15,7 +15,7 @@ MAX_RANK = 64
 
 def carries_shape(scan: Arguments) -> tuple[int, ...]:
     """Shape of the states that the forward pass saves for the backward pass."""
-    return cuda_scan.carries_shape(*scan.x.shape, scan.A.shape[2], scan.paths)
+    return cuda_scan.carries_shape(*scan.x.shape, scan.A.shape[2], scan.directions)
 
 
 def _every_direction(maps: Tensor, directions: int) -> Tensor:
@@ -24,13 +24,13 @@ def _every_direction(maps: Tensor, directions: int) -> Tensor:
 
 
 def _arguments(scan: Arguments) -> tuple:
-    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    x, proj, dt_weight, dt_bias, A, D = scan[:6]
     dtype = state_dtype(*scan)
     delta, weight = None, cuda_scan.parameter(dt_weight.mT, dtype)
     if dt_weight.shape[2] > MAX_RANK:
         delta, weight = gpu_scan.raw_step_sizes(proj, dt_weight, dtype), None
     return (
-        _every_direction(x.to(cuda_scan.map_dtype(dtype, x)).contiguous(), len(scan.paths)),
+        _every_direction(x.to(cuda_scan.map_dtype(dtype, x)).contiguous(), len(scan.directions)),
         delta,
         proj.contiguous().flatten(0, 2),
         weight,
@@ -38,7 +38,7 @@ def _arguments(scan: Arguments) -> tuple:
         cuda_scan.parameter(A.mT, dtype),
         cuda_scan.parameter(D, dtype),
         *x.shape[:3],
-        cpp_scan.path_codes(scan.paths),
+        cpp_scan.path_codes(scan.directions),
         True,
     )
 
@@ -77,7 +77,7 @@ def backward(
     grad_weights, grad_A, grad_D = cuda_scan.operators().scan_backward(
         grad_maps, carries, *arguments, parts, raw
     )
-    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    x, proj, dt_weight, dt_bias, A, D = scan[:6]
     grad_proj, grad_weight, grad_bias = gpu_scan.low_rank_gradients(
         raw, grad_weights, proj, dt_weight, carries.dtype
     )

@@ -22,6 +22,7 @@ from mmvmamba_kernels.backends.triton.scan import (
     sum_buffers,
     waves,
 )
+from mmvmamba_kernels.path_lists import PathLists
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 
@@ -34,13 +35,15 @@ def _layout(scan: Arguments, low_rank: int = 0, rank: int = 0) -> Layout:
         width=width,
         channels=channels,
         states=scan.A.shape[2],
-        paths=scan.paths,
+        paths=scan.directions,
         low_rank=low_rank,
         rank=rank,
         stride=channels,
         stride_u_k=0,
         stride_y_k=positions * channels,
         stride_delta_k=positions * channels,
+        steps=scan.steps,
+        partial=scan.partial,
     )
 
 
@@ -49,7 +52,7 @@ def carries_shape(scan: Arguments) -> tuple[int, ...]:
     return _layout(scan).carries_shape
 
 
-def _operands(scan: Arguments, max_rank: int) -> tuple[Layout, Operands]:
+def _operands(scan: Arguments, lists: PathLists | None, max_rank: int) -> tuple[Layout, Operands]:
     dtype = state_dtype(*scan)
     x, proj, dt_weight, dt_bias, A, D = (t.contiguous() for t in scan[:6])
     rank = dt_weight.shape[2]
@@ -57,7 +60,29 @@ def _operands(scan: Arguments, max_rank: int) -> tuple[Layout, Operands]:
     delta = None
     if rank > max_rank:
         delta = raw_step_sizes(proj, dt_weight, dtype)
-    return layout, Operands(x, proj, A, delta, dt_weight, dt_bias, D, softplus=True, dtype=dtype)
+    return layout, Operands(
+        *(x, proj, A, delta, dt_weight, dt_bias),
+        skip=None if scan.partial else D,
+        softplus=True,
+        dtype=dtype,
+        lists=None if lists is None else lists.table,
+    )
+
+
+def _partial_sums(
+    scan: Arguments, lists: PathLists | None, maps: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Maps for the sums over directions, (buffers, B, H, W, D).
+
+    Where paths are partial, they are zero but for the skip connections, whose input is ``maps``.
+    """
+    buffer_dtype, buffers = partial_buffers(maps.dtype, len(scan.directions))
+    parts = maps.new_empty((buffers, *maps.shape), dtype=buffer_dtype)
+    if scan.partial:
+        skips = lists.skips(scan.D.to(dtype)).view(maps.shape[1:])
+        parts[0] = maps * skips
+        parts[1:] = 0
+    return parts
 
 
 def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
@@ -77,28 +102,33 @@ def forward_parts(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     Returns:
         Maps whose sum over the first dimension, in its order, is the output, and the states.
     """
-    layout, operands = _operands(scan, MAX_RANK)
-    x = scan.x
-    dtype, buffers = partial_buffers(x.dtype, len(layout.paths))
-    parts = x.new_empty((buffers, *x.shape), dtype=dtype)
-    carries = scan_forward(layout, operands, parts, waves(len(layout.paths), buffers), save_carries)
-    return parts, carries
+    lists = scan.lists()
+    layout, operands = _operands(scan, lists, MAX_RANK)
+    parts = _partial_sums(scan, lists, scan.x, operands.dtype)
+    launches = waves(len(layout.paths), len(parts))
+    return parts, scan_forward(layout, operands, parts, launches, save_carries)
 
 
 def backward(
     grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan_2d.reference.backward`."""
-    layout, operands = _operands(scan, MAX_RANK_BACKWARD)
-    x, proj, dt_weight, dt_bias, A, D, _ = scan
+    lists = scan.lists()
+    layout, operands = _operands(scan, lists, MAX_RANK_BACKWARD)
+    x, proj, dt_weight, dt_bias, A, D = scan[:6]
     directions, channels, _ = dt_weight.shape
-    dtype, buffers = partial_buffers(x.dtype, directions)
-    parts = x.new_empty((buffers, *x.shape), dtype=dtype)
+    grad_out = grad_out.contiguous()
+    parts = _partial_sums(scan, lists, grad_out.to(x.dtype), operands.dtype)
     # Products take the gradient of the raw step sizes from here, on tensor cores if x is bfloat16.
-    raw = x.new_empty((directions, x.shape[:3].numel(), channels), dtype=dtype)
+    new = x.new_zeros if scan.partial else x.new_empty
+    raw = new((directions, x.shape[:3].numel(), channels), dtype=parts.dtype)
     grads = scan_backward(
-        layout, operands, carries, grad_out.contiguous(), parts, raw, waves(directions, buffers)
+        layout, operands, carries, grad_out, parts, raw, waves(directions, len(parts))
     )
+    grad_D = grads.skip
+    if scan.partial:
+        maps = (t.to(operands.dtype).flatten(1, 2) for t in (x, grad_out))
+        grad_D = lists.grad_skips(*maps)
 
     grad_proj, grad_weight, grad_bias = low_rank_gradients(
         raw, grads.proj.transpose(0, 1), proj, dt_weight, operands.dtype
@@ -109,5 +139,5 @@ def backward(
         grad_weight,
         grad_bias.to(dt_bias.dtype),
         grads.A.to(A.dtype, copy=True, memory_format=torch.contiguous_format),
-        grads.skip.to(D.dtype),
+        grad_D.to(D.dtype),
     )

@@ -15,7 +15,7 @@ from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, sta
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
 from mmvmamba_kernels.registration import OperatorPair, autocast_off, may_need_gradients
-from mmvmamba_kernels.selective_scan_2d.api import check_arguments, selective_scan_2d
+from mmvmamba_kernels.selective_scan_2d.api import check_arguments, scan_sizes, selective_scan_2d
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
 _OP = "selective_scan_2d_norm"
@@ -35,6 +35,7 @@ def selective_scan_2d_norm(
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
     pattern: str = "cross2d",
+    paths: Tensor | None = None,
     backend: str | None = None,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -57,6 +58,7 @@ def selective_scan_2d_norm(
         eps: What is added to the variance.
         out_dtype: Dtype of the result; None for that of ``x``.
         pattern: As ``selective_scan_2d``'s.
+        paths: As ``selective_scan_2d``'s.
         backend: Of the scan; None chooses one per call.
         return_sum: Whether to return what was normalised too, from which :func:`layer_norm` makes
             the result again.
@@ -66,22 +68,23 @@ def selective_scan_2d_norm(
         and the sum, which has no gradient and is None where nothing needs one.
 
     Raises:
-        TypeError: If an argument is not a floating-point tensor, or ``out_dtype`` is not a
-            floating-point dtype.
-        ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
+        TypeError: If an argument is not a floating-point tensor, paths are no integer one, or
+            ``out_dtype`` is not a floating-point dtype.
+        ValueError: If shapes or devices do not fit one another, the pattern is unknown, or a path
+            leaves the map or visits a position twice.
         BackendError: If the backend does not exist or cannot run this call.
     """
-    if not _runs_fused(x, A, backend):
+    if paths is not None or not _runs_fused(x, A, backend):
         wide = x
         if isinstance(x, Tensor):
             out_dtype = x.dtype if out_dtype is None else out_dtype
             wide = x.to(_sum_dtype(x))
         scan = (wide, proj, dt_weight, dt_bias, A, D)
-        y = selective_scan_2d(*scan, pattern=pattern, backend=backend)
+        y = selective_scan_2d(*scan, pattern=pattern, paths=paths, backend=backend)
         out = layer_norm(y, norm_weight, norm_bias, eps=eps, out_dtype=out_dtype)
         total = y.detach() if out.requires_grad else None
         return (out, total) if return_sum else out
-    scan = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern)
+    scan = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern=pattern)
     check_arguments(_OP, scan)
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_tensors(_OP, {"x": x, **norm})
@@ -90,7 +93,7 @@ def selective_scan_2d_norm(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in FLOATING:
         raise TypeError(f"{_OP}: out_dtype must be a floating-point torch.dtype, got {out_dtype!r}")
-    tensors = (*scan[:-1], *norm.values())
+    tensors = (*scan[:6], *norm.values())
     save = torch.is_grad_enabled() and may_need_gradients(tensors)
     out, total, _, _ = _pair(*tensors, eps, out_dtype, pattern, save)
     return (out, total if save else None) if return_sum else out
@@ -116,7 +119,7 @@ def _forward(*values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mmvmamba_kernels.selective_scan_2d.triton_impl import forward_parts
 
     *tensors, weight, bias, eps, out_dtype, pattern, save = values
-    scan = Arguments(*tensors, pattern)
+    scan = Arguments(*tensors, pattern=pattern)
     with autocast_off(scan.x):
         parts, carries = forward_parts(scan, save)
         total, out, statistics = normalise_sum(
@@ -136,7 +139,7 @@ def _backward(
         grad_total, _, grad_weight, grad_bias = norm.backward(
             None, grad_out, total, statistics, None, weight, bias, None
         )
-        grads = scan.backward(grad_total, carries, Arguments(*tensors, pattern))
+        grads = scan.backward(grad_total, carries, Arguments(*tensors, pattern=pattern))
     return *grads, grad_weight, grad_bias
 
 
@@ -150,7 +153,7 @@ def _forward_fake(*values):
     from mmvmamba_kernels.selective_scan_2d.triton_impl import carries_shape
 
     *tensors, weight, bias, _, out_dtype, pattern, save = values
-    scan = Arguments(*tensors, pattern)
+    scan = Arguments(*tensors, pattern=pattern)
     x = scan.x
     return (
         x.new_empty(x.shape, dtype=out_dtype),
@@ -194,10 +197,17 @@ _pair = OperatorPair(
 
 
 @register_flop_formula(getattr(torch.ops.mmvmamba, _OP))
-def _forward_flops(x_shape, _proj, _weight, _bias, A_shape, *_, **__) -> int:
-    return x_shape.numel() * A_shape[0] * (9 * A_shape[2] + 1)
+def _forward_flops(*shapes, **_) -> int:
+    *scan, _weight, _bias, _eps, _out_dtype, pattern, _save = shapes
+    return _scan_flops(Arguments(*scan, pattern=pattern))
 
 
 @register_flop_formula(getattr(torch.ops.mmvmamba, f"{_OP}_backward"))
 def _backward_flops(_grad, _total, _statistics, _carries, *shapes, **_) -> int:
-    return 2 * _forward_flops(*shapes)
+    *scan, _weight, _bias, pattern = shapes
+    return 2 * _scan_flops(Arguments(*scan, pattern=pattern))
+
+
+def _scan_flops(shapes: Arguments) -> int:
+    elements, states = scan_sizes(shapes)
+    return elements * (9 * states + 1)

@@ -156,6 +156,11 @@ def can_run(problem: Problem) -> str | None:
         return (
             f"the C++ kernels hold at most {MAX_STATES} states per channel, A has {problem.states}"
         )
+    if device == "cuda" and problem.listed:
+        return (
+            "the CUDA kernels compute positions along a path, and have no code for paths that are "
+            "lists of positions; the Triton kernels do"
+        )
     if device == "cuda" and torch.version.cuda is None:
         return "the CUDA kernels need a PyTorch that is built for CUDA"
     reason = load(device)

@@ -93,6 +93,10 @@ class Layout:
     """The same in y and in the gradient of u, where k counts the directions of one launch."""
     stride_delta_k: int
     """The same in the raw step sizes and in their gradient."""
+    steps: int | None = None
+    """Positions of the longest path, where paths are lists; ``paths`` walk along the lists."""
+    partial: bool = False
+    """Whether paths need not visit every position: maps that are written are set beforehand."""
 
     @property
     def lines(self) -> int:
@@ -102,6 +106,8 @@ class Layout:
     @property
     def length(self) -> int:
         """Positions of one sequence."""
+        if self.steps is not None:
+            return self.steps
         return self.paths[0].sequences(self.height, self.width)[1]
 
     @property
@@ -138,6 +144,8 @@ class Operands:
     softplus: bool
     dtype: torch.dtype
     """Of states and sums."""
+    lists: Tensor | None = None
+    """Where paths are lists, (K, 1 + steps) int32: a path's length, and its positions."""
 
 
 def waves(directions: int, buffers: int) -> list[tuple[int, int]]:
@@ -212,6 +220,7 @@ class _Launch:
             "LOW": layout.low_rank,
             "COLUMN": sum(path.column_major << k for k, path in enumerate(paths)),
             "REVERSE": sum(path.reverse << k for k, path in enumerate(paths)),
+            "LISTED": operands.lists is not None,
             # Lines so short that a group of positions crosses several ends.
             "SHORT": layout.lines == 1
             and layout.height < INTERVAL - 1
@@ -237,7 +246,10 @@ class _Launch:
         words = proj.view(-1).view(torch.int32) if packed else proj
         self.inputs = tuple(
             self.absent if t is None else t
-            for t in (operands.delta, words, operands.weight, operands.bias, operands.A)
+            for t in (
+                *(operands.delta, words, operands.weight, operands.bias, operands.A),
+                operands.lists,
+            )
         )
         self.sizes = (layout.channels, layout.height, layout.width, layout.lines, layout.length)
         self.strides = (layout.stride, layout.stride_u_k, layout.stride_delta_k)
@@ -324,7 +336,7 @@ class _Launch:
                 self.layout.stride_y_k,
                 HAS_SKIP=skip is not None,
                 SAVED=self.layout.saved_interval if carries.numel() else 0,
-                ACCUMULATE=first > 0,
+                ACCUMULATE=first > 0 or self.layout.partial,
                 GROUP=forward_group(self.layout),
                 **self.constants,
             )
@@ -338,7 +350,8 @@ def scan_forward(
     Args:
         layout: The problem.
         operands: Its tensors.
-        y: Where the outputs go: the first launch writes, later ones add.
+        y: Where the outputs go: the first launch writes, later ones add; all do if paths are
+            partial.
         launches: First direction and number of directions of each launch.
         save: Save states for the backward pass.
 
@@ -390,8 +403,9 @@ def scan_backward(
         operands: As in the forward pass.
         carries: What :func:`scan_forward` saved.
         grad_y: Gradient of the output, laid out as u.
-        grad_u: Where the gradient of u goes, laid out as y: the first launch writes, others add.
-        grad_raw: Where the gradient of the step sizes before softplus goes.
+        grad_u: Where the gradient of u goes, laid out as y, and written or added to like it.
+        grad_raw: Where the gradient of the step sizes before softplus goes; zero if paths are
+            partial.
         launches: First direction and number of directions of each launch.
 
     Returns:
@@ -409,7 +423,8 @@ def scan_backward(
         saved = layout.saved_interval
         launch = _Launch(layout, operands, 1, _BACKWARD_WARPS, saved)
         entering = launch.entering_states(grad_y, backwards=True)
-        grad_proj = u.new_empty((launch.blocks, positions, directions, 2 * states), dtype=dtype)
+        new = u.new_zeros if layout.partial else u.new_empty
+        grad_proj = new((launch.blocks, positions, directions, 2 * states), dtype=dtype)
         rows = layout.sequences * launch.chunks
         grad_rates = u.new_empty((rows, directions, states, channels), dtype=dtype)
         grad_skip = u.new_empty(
@@ -445,7 +460,7 @@ def scan_backward(
                 *launch.strides,
                 layout.stride_y_k,
                 HAS_SKIP=skip is not None,
-                ACCUMULATE=first > 0,
+                ACCUMULATE=first > 0 or layout.partial,
                 SAVED=saved,
                 GROUP=INTERVAL,
                 **launch.constants,

@@ -102,12 +102,38 @@ def _program(blocks, wave, first, chunks):
 
 
 @triton.jit
-def _path(s, k, t, height, width, lines, length, COLUMN: tl.constexpr, REVERSE: tl.constexpr):
+def _chunk(t0, k, chunk, length, list_ptr, GROUP: tl.constexpr, LISTED: tl.constexpr):
+    """Positions of the chunk that begins at step t0, their groups, and the number of the last one.
+
+    A listed path may be shorter than others, and have nothing in its last chunks.
+    """
+    if LISTED:
+        length = tl.load(list_ptr + k.to(tl.int64) * (length + 1))
+    count = tl.maximum(tl.minimum(chunk, length - t0), 0)
+    groups = (count + GROUP - 1) // GROUP
+    return count, groups, tl.maximum(groups - 1, 0)
+
+
+@triton.jit
+def _path(
+    s,
+    k,
+    t,
+    height,
+    width,
+    lines,
+    length,
+    list_ptr,
+    COLUMN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    LISTED: tl.constexpr,
+):
     """Where step t of a path is, and how it goes on.
 
     Returns the first position of the sequence; from there the position of step t; its number within
     its run, the straight part of a path; the positions of a run; the distance from a position to
-    the next; and what is added to it at the end of a run.
+    the next; and what is added to it at the end of a run. Of a listed path positions are steps, and
+    the last is the list, which :func:`_at` reads.
     """
     column = ((COLUMN >> k) & 1) == 1
     base = (s // lines).to(tl.int64) * height * width + (s % lines) * tl.where(column, 1, width)
@@ -117,13 +143,19 @@ def _path(s, k, t, height, width, lines, length, COLUMN: tl.constexpr, REVERSE: 
     step = tl.where(column, width, 1)
     start = tl.where(reverse, (length - 1) // run + (run - 1) * step, 0)
     position = start + sign * (t // run + (t % run) * step)
-    return base, position, t % run, run, sign * step, sign * (1 - run * step)
+    if LISTED:
+        hop = list_ptr + k.to(tl.int64) * (length + 1) + 1
+    else:
+        hop = sign * (1 - run * step)
+    return base, position, t % run, run, sign * step, hop
 
 
 @triton.jit
 def _at(position, within, j, run, step, hop, SHORT: tl.constexpr):
     """The position ``j`` steps on; less than two runs away, unless SHORT."""
-    if SHORT:
+    if hop.dtype.is_ptr():
+        return tl.load(hop + position + j)
+    elif SHORT:
         return position + j * step + (within + j) // run * hop
     else:
         return position + j * step + tl.where(within + j >= run, hop, 0)
@@ -133,22 +165,28 @@ def _at(position, within, j, run, step, hop, SHORT: tl.constexpr):
 def _ahead(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
     """The position a group further on, and its number within its run."""
     ahead = within + GROUP
-    if SHORT:
-        runs = ahead // run
+    if hop.dtype.is_ptr():
+        return position + GROUP, ahead
     else:
-        runs = (ahead >= run).to(tl.int32) + (ahead >= 2 * run).to(tl.int32)
-    return position + GROUP * step + runs * hop, ahead - runs * run
+        if SHORT:
+            runs = ahead // run
+        else:
+            runs = (ahead >= run).to(tl.int32) + (ahead >= 2 * run).to(tl.int32)
+        return position + GROUP * step + runs * hop, ahead - runs * run
 
 
 @triton.jit
 def _back(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
     """The position a group before, and its number within its run."""
     back = within - GROUP
-    if SHORT:
-        runs = (run - 1 - back) // run
+    if hop.dtype.is_ptr():
+        return position - GROUP, back
     else:
-        runs = (back < 0).to(tl.int32) + (back + run < 0).to(tl.int32)
-    return position - GROUP * step - runs * hop, back + runs * run
+        if SHORT:
+            runs = (run - 1 - back) // run
+        else:
+            runs = (back < 0).to(tl.int32) + (back + run < 0).to(tl.int32)
+        return position - GROUP * step - runs * hop, back + runs * run
 
 
 @triton.jit
@@ -425,6 +463,7 @@ def selective_scan_state_kernel(
     weight_ptr,
     bias_ptr,
     a_ptr,
+    list_ptr,
     end_ptr,
     total_ptr,
     channels,
@@ -444,6 +483,7 @@ def selective_scan_state_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    LISTED: tl.constexpr,
     SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -474,12 +514,11 @@ def selective_scan_state_kernel(
     MAPS: tl.constexpr = 2 if R == 0 else 1
     block, k, c, s = _program(blocks, K, 0, chunks)
     t0 = c * chunk
-    count = tl.minimum(chunk, length - t0)
-    groups = (count + GROUP - 1) // GROUP
+    count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     if BACKWARDS:
-        t0 += (groups - 1) * GROUP
+        t0 += final * GROUP
     base, position, within, run, step, hop = _path(
-        s, k, t0, height, width, lines, length, COLUMN, REVERSE
+        s, k, t0, height, width, lines, length, list_ptr, COLUMN, REVERSE, LISTED
     )
     d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
     inside, weights, biases, rates, _ = _parameters(
@@ -511,7 +550,7 @@ def selective_scan_state_kernel(
         bases = bases + (delta_ptr + base * stride + k.to(tl.int64) * stride_delta_k + d,)
     row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
 
-    last = tl.minimum(count - (groups - 1) * GROUP if BACKWARDS else count, GROUP) - 1
+    last = tl.minimum(count - final * GROUP if BACKWARDS else count, GROUP) - 1
     rows, _offsets, maps = _load_group(
         row_base,
         bases,
@@ -699,6 +738,7 @@ def selective_scan_fwd_kernel(
     weight_ptr,
     bias_ptr,
     a_ptr,
+    list_ptr,
     skip_ptr,
     entering_ptr,
     carries_ptr,
@@ -723,6 +763,7 @@ def selective_scan_fwd_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    LISTED: tl.constexpr,
     SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -751,10 +792,9 @@ def selective_scan_fwd_kernel(
     MAPS: tl.constexpr = 1 + (R == 0) + ACCUMULATE
     block, k, c, s = _program(blocks, wave, first, chunks)
     t0 = c * chunk
-    count = tl.minimum(chunk, length - t0)
-    groups = (count + GROUP - 1) // GROUP
+    count, groups, _final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, run, step, hop = _path(
-        s, k, t0, height, width, lines, length, COLUMN, REVERSE
+        s, k, t0, height, width, lines, length, list_ptr, COLUMN, REVERSE, LISTED
     )
     d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
     inside, weights, biases, rates, skips = _parameters(
@@ -1186,6 +1226,7 @@ def selective_scan_bwd_kernel(
     weight_ptr,
     bias_ptr,
     a_ptr,
+    list_ptr,
     skip_ptr,
     carries_ptr,
     scratch_ptr,
@@ -1218,6 +1259,7 @@ def selective_scan_bwd_kernel(
     LOW: tl.constexpr,
     COLUMN: tl.constexpr,
     REVERSE: tl.constexpr,
+    LISTED: tl.constexpr,
     SHORT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -1255,10 +1297,19 @@ def selective_scan_bwd_kernel(
     RATIO: tl.constexpr = SAVED // GROUP
     block, k, c, s = _program(blocks, wave, first, chunks)
     t0 = c * chunk
-    count = tl.minimum(chunk, length - t0)
-    groups = (count + GROUP - 1) // GROUP
+    count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, run, step, hop = _path(
-        s, k, t0 + (groups - 1) * GROUP, height, width, lines, length, COLUMN, REVERSE
+        s,
+        k,
+        t0 + final * GROUP,
+        height,
+        width,
+        lines,
+        length,
+        list_ptr,
+        COLUMN,
+        REVERSE,
+        LISTED,
     )
     lanes = tl.arange(0, LANES)
     d = block * LANES + lanes
@@ -1323,7 +1374,7 @@ def selective_scan_bwd_kernel(
             tl.store(grad_a_base + n * LANES, tl.zeros((LANES,), ACC))
     grad_skip = tl.zeros((LANES,), ACC)
 
-    last = count - (groups - 1) * GROUP - 1
+    last = count - final * GROUP - 1
     rows, offsets, maps = _load_group(
         row_base,
         bases,
@@ -1372,7 +1423,17 @@ def selective_scan_bwd_kernel(
             if (i == 0) | (index % RATIO == RATIO - 1):
                 segment = index // RATIO
                 _start, sweep_position, sweep_within, _run, _step, _hop = _path(
-                    s, k, t0 + segment * SAVED, height, width, lines, length, COLUMN, REVERSE
+                    s,
+                    k,
+                    t0 + segment * SAVED,
+                    height,
+                    width,
+                    lines,
+                    length,
+                    list_ptr,
+                    COLUMN,
+                    REVERSE,
+                    LISTED,
                 )
                 _find_states(
                     carries_base + segment.to(tl.int64) * (N * channels),

@@ -9,7 +9,6 @@
 
 namespace mmvmamba {
 
-constexpr int kMaxDirections = 4;
 constexpr int kMaxStates = 64;
 
 // Positions whose states are recomputed together in the backward pass: one state is saved for each.
@@ -23,7 +22,7 @@ constexpr int kRankLanes = 8;
 
 // One direction's order of positions: `sequences` paths of `length` positions each. Position i of
 // sequence s, counted from the front, is s * sequence_stride + (i / inner) * outer_stride +
-// (i % inner) * inner_stride.
+// (i % inner) * inner_stride; or list[i], where there is a list.
 struct Path {
   int64_t sequences;
   int64_t length;
@@ -32,6 +31,7 @@ struct Path {
   int64_t inner_stride;
   int64_t outer_stride;
   bool reverse;
+  const int32_t* list;
 
   int64_t tiles() const { return (length + kTile - 1) / kTile; }
 };
@@ -46,7 +46,7 @@ struct ScanParams {
   int rank;
   int directions;
   bool softplus;
-  Path paths[kMaxDirections];
+  const Path* paths;
 
   // (B, P, D): x, delta, out and their gradients. Each has strides of its own.
   struct Map {

@@ -75,6 +75,12 @@ struct Direction {
     const int64_t start = index * kTile;
     const int64_t left = route.length - start;
     tile.count = static_cast<int>(left < kTile ? left : kTile);
+    const T* rows =
+        p.coefficients + image * p.coefficients_image_stride + k * p.coefficients_direction_stride;
+    if (route.list) {
+      for (int t = 0; t < tile.count; ++t) place(tile, t, route.list[start + t], rows, output);
+      return;
+    }
     const int64_t i = route.reverse ? route.length - 1 - start : start;
     const int64_t inner = i % route.inner;
     int64_t position = s * route.sequence_stride + i / route.inner * route.outer_stride +
@@ -84,19 +90,21 @@ struct Direction {
     const int64_t step = sign * route.inner_stride;
     const int64_t jump = sign * (route.outer_stride - (route.inner - 1) * route.inner_stride);
     int64_t until_jump = route.reverse ? inner : route.inner - 1 - inner;
-    const T* rows =
-        p.coefficients + image * p.coefficients_image_stride + k * p.coefficients_direction_stride;
     for (int t = 0; t < tile.count; ++t) {
-      tile.position[t] = position;
-      tile.row[t] = rows + position * p.coefficients_position_stride;
-      // Paths jump: the processor does not foresee where to.
-      __builtin_prefetch(tile.row[t]);
-      __builtin_prefetch(at(p.x, position));
-      __builtin_prefetch(at(output, position));
+      place(tile, t, position, rows, output);
       const bool at_end = until_jump == 0;
       position += at_end ? jump : step;
       until_jump = at_end ? route.inner - 1 : until_jump - 1;
     }
+  }
+
+  void place(Tile<T>& tile, int t, int64_t position, const T* rows, const Map& output) const {
+    tile.position[t] = position;
+    tile.row[t] = rows + position * p.coefficients_position_stride;
+    // Paths jump: the processor does not foresee where to.
+    __builtin_prefetch(tile.row[t]);
+    __builtin_prefetch(at(p.x, position));
+    __builtin_prefetch(at(output, position));
   }
 
   // The step sizes before softplus, into tile.delta.

@@ -76,6 +76,16 @@ Path make_path(int64_t code, int64_t height, int64_t width) {
   path.inner_stride = step;
   path.outer_stride = line_stride;
   path.reverse = code & kReverse;
+  path.list = nullptr;
+  return path;
+}
+
+// A path that is a list, from a row [length | positions] of a table.
+Path list_path(const int32_t* row) {
+  Path path{};
+  path.sequences = 1;
+  path.length = row[0];
+  path.list = row + 1;
   return path;
 }
 
@@ -115,6 +125,7 @@ struct Arguments {
   int64_t height;
   int64_t width;
   at::IntArrayRef paths;
+  const std::optional<Tensor>& lists;  // (K, 1 + L), int32
   bool softplus;
 };
 
@@ -124,6 +135,8 @@ struct Scan {
   ScanParams<T> params{};
   int64_t batch;
   Tensor weight, bias, A, skip;
+  std::vector<Path> paths;
+  int64_t most_tiles;  // Of a path; lists may be shorter than their rows.
 
   explicit Scan(const Arguments& a) {
     TORCH_CHECK(a.A.dim() == 3 && a.coefficients.dim() == 4 && has_contiguous_rows(a.coefficients),
@@ -132,9 +145,11 @@ struct Scan {
     const int64_t directions = a.A.size(0), channels = a.A.size(1), states = a.A.size(2);
     const int64_t rank = a.weight ? a.weight->size(2) : 0;
     TORCH_CHECK(states <= kMaxStates, "at most ", kMaxStates, " states, got ", states);
-    TORCH_CHECK(directions <= kMaxDirections && directions == int64_t(a.paths.size()),
-                "expected a path for each of at most ", kMaxDirections, " directions, got ",
+    TORCH_CHECK(directions == int64_t(a.paths.size()), "expected a path for each direction, got ",
                 a.paths.size(), " for ", directions);
+    TORCH_CHECK(!a.lists || (a.lists->scalar_type() == at::kInt && a.lists->is_contiguous() &&
+                             a.lists->dim() == 2 && a.lists->size(0) == directions),
+                "lists must be contiguous int32 (K, 1 + L)");
     batch = a.x.size(0);
     const int64_t positions = a.height * a.width;
     TORCH_CHECK(a.x.sizes() == at::IntArrayRef({batch, positions, channels}) &&
@@ -162,8 +177,11 @@ struct Scan {
     p.directions = static_cast<int>(directions);
     p.softplus = a.softplus;
     for (int64_t k = 0; k < directions; ++k) {
-      p.paths[k] = make_path(a.paths[k], a.height, a.width);
+      paths.push_back(a.lists ? list_path(a.lists->select(0, k).const_data_ptr<int32_t>())
+                              : make_path(a.paths[k], a.height, a.width));
     }
+    p.paths = paths.data();
+    most_tiles = a.lists ? (a.lists->size(1) - 1 + kTile - 1) / kTile : paths[0].tiles();
     p.x = map_of<T>(a.x, "x");
     if (a.delta) p.delta = map_of<T>(*a.delta, "delta");
     p.coefficients = a.coefficients.template data_ptr<T>();
@@ -177,12 +195,11 @@ struct Scan {
   }
 
   void set_carries(const Tensor& carries) {
-    const Path& path = params.paths[0];
-    TORCH_CHECK(carries.is_contiguous() &&
-                    carries.sizes() ==
-                        at::IntArrayRef({params.directions, batch * path.sequences, path.tiles(),
-                                         params.states, params.padded_channels}),
-                "carries have an unexpected layout: ", carries.sizes());
+    TORCH_CHECK(
+        carries.is_contiguous() &&
+            carries.sizes() == at::IntArrayRef({params.directions, batch * paths[0].sequences,
+                                                most_tiles, params.states, params.padded_channels}),
+        "carries have an unexpected layout: ", carries.sizes());
     params.carries = carries.data_ptr<T>();
     params.carries_direction_stride = carries.numel() / params.directions;
   }
@@ -268,10 +285,10 @@ Gradients backward(const Arguments& arguments, const Tensor& grad_out, const Ten
 void scan_forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& coefficients,
                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                   const Tensor& A, const std::optional<Tensor>& D, int64_t height, int64_t width,
-                  at::IntArrayRef paths, bool softplus, Tensor out,
-                  const std::optional<Tensor>& carries) {
-  const Arguments arguments{x, delta,  coefficients, weight, bias,    A,
-                            D, height, width,        paths,  softplus};
+                  at::IntArrayRef paths, const std::optional<Tensor>& lists, bool softplus,
+                  Tensor out, const std::optional<Tensor>& carries) {
+  const Arguments arguments{x, delta,  coefficients, weight, bias,  A,
+                            D, height, width,        paths,  lists, softplus};
   if (x.scalar_type() == at::kDouble) return forward<double>(arguments, out, carries);
   return forward<float>(arguments, out, carries);
 }
@@ -280,10 +297,10 @@ Gradients scan_backward(const Tensor& grad_out, const Tensor& carries, const Ten
                         const std::optional<Tensor>& delta, const Tensor& coefficients,
                         const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                         const Tensor& A, const std::optional<Tensor>& D, int64_t height,
-                        int64_t width, at::IntArrayRef paths, bool softplus, Tensor grad_x,
-                        const std::optional<Tensor>& grad_delta) {
-  const Arguments arguments{x, delta,  coefficients, weight, bias,    A,
-                            D, height, width,        paths,  softplus};
+                        int64_t width, at::IntArrayRef paths, const std::optional<Tensor>& lists,
+                        bool softplus, Tensor grad_x, const std::optional<Tensor>& grad_delta) {
+  const Arguments arguments{x, delta,  coefficients, weight, bias,  A,
+                            D, height, width,        paths,  lists, softplus};
   if (x.scalar_type() == at::kDouble) {
     return backward<double>(arguments, grad_out, carries, grad_x, grad_delta);
   }
@@ -296,14 +313,14 @@ Gradients scan_backward(const Tensor& grad_out, const Tensor& carries, const Ten
 TORCH_LIBRARY(mmvmamba_cpp, library) {
   library.def(
       "scan_forward(Tensor x, Tensor? delta, Tensor coefficients, Tensor? weight, Tensor? bias, "
-      "Tensor A, Tensor? D, int height, int width, int[] paths, bool softplus, Tensor(a!) out, "
-      "Tensor(b!)? carries) -> ()");
+      "Tensor A, Tensor? D, int height, int width, int[] paths, Tensor? lists, bool softplus, "
+      "Tensor(a!) out, Tensor(b!)? carries) -> ()");
   library.def(
       "scan_backward(Tensor grad_out, Tensor carries, Tensor x, Tensor? delta, "
       "Tensor coefficients, Tensor? weight, Tensor? bias, Tensor A, Tensor? D, int height, "
-      "int width, int[] paths, bool softplus, Tensor(a!) grad_x, Tensor(b!)? grad_delta) -> "
-      "(Tensor grad_coefficients, Tensor grad_weight, Tensor grad_bias, Tensor grad_A, "
-      "Tensor grad_D)");
+      "int width, int[] paths, Tensor? lists, bool softplus, Tensor(a!) grad_x, "
+      "Tensor(b!)? grad_delta) -> (Tensor grad_coefficients, Tensor grad_weight, "
+      "Tensor grad_bias, Tensor grad_A, Tensor grad_D)");
 }
 
 TORCH_LIBRARY_IMPL(mmvmamba_cpp, CPU, library) {
