@@ -231,7 +231,7 @@ class SoftmaxSpatial(nn.Module):
     """Softmax over the positions of (B, H, W, C), for each channel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1, 2).softmax(1).view_as(x)
+        return x.flatten(1, 2).softmax(1).unflatten(1, x.shape[1:3])
 
 
 class LayerNorm2d(LayerNorm):
