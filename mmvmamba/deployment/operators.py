@@ -355,12 +355,15 @@ def selective_scan_2d(
     dt_bias: FLOAT[...],
     A: FLOAT[...],
     D: FLOAT[...],
+    paths: INT64[...] | None,
     pattern: str,
     backend: str,
     save_carries: bool,
 ):
     """Translates the operator of that name."""
     del backend, save_carries
+    if paths is not None:
+        raise UsageError("a scan along paths that are given as a tensor cannot be exported.")
     if pattern not in PATTERNS:
         raise UsageError(
             f"scan pattern {pattern!r} cannot be exported; {', '.join(PATTERNS)} and cascade2d can."
