@@ -66,7 +66,9 @@ def _arguments(argv: Sequence[str] | None, modes: Sequence[str]) -> argparse.Nam
         metavar="BxHxW",
         help="further inputs; only those with less than 224 pixels in a side have other kernels",
     )
-    parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    parser.add_argument(
+        "--jobs", type=int, help="processes (default: one for each core, 16 at most)"
+    )
     parser.add_argument("--list", action="store_true", help="name the kernels, compile nothing")
     return parser.parse_args(argv)
 

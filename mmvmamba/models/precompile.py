@@ -136,20 +136,24 @@ def prepare(model: nn.Module, images: Tensor) -> None:
     if call in done or torch.cuda.is_current_stream_capturing():
         return
     done.add(call)
-    if (repr(model.arch), call) not in _known:
-        _known.add((repr(model.arch), call))
+    if (repr(model.arch), call) in _known:
+        return
+    _known.add((repr(model.arch), call))
+    try:
         _compile(model, images, mode)
+    except Exception as error:  # noqa: BLE001 - the call works without, and says what does not
+        print_log(
+            f"VMamba: kernels are compiled one by one, since compiling them ahead failed with "
+            f"{type(error).__name__}: {error}",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def _compile(model: nn.Module, images: Tensor, mode: Mode) -> None:
     if choose("layer_norm", "auto", Problem(images.device, images.dtype, 1, 0))[0].name != "triton":
         return
-    from mmvmamba_kernels.backends.triton.precompile import (
-        PrecompileError,
-        Target,
-        compile_kernels,
-        missing,
-    )
+    from mmvmamba_kernels.backends.triton.precompile import Target, compile_kernels, missing
 
     with torch.cuda.device(images.device):
         target = Target.here()
@@ -170,9 +174,5 @@ def _compile(model: nn.Module, images: Tensor, mode: Mode) -> None:
             told = now
             print_log(f"VMamba: {left} of {todo} kernels left.", logger="current")
 
-    try:
-        compile_kernels(kernels, target, progress=tell)
-    except PrecompileError as error:
-        # The launch compiles it again, and fails with the compiler's own words if it must.
-        print_log(f"VMamba: {error}", logger="current", level=logging.WARNING)
+    compile_kernels(kernels, target, progress=tell)
     print_log(f"VMamba: compiled {what} in {time.perf_counter() - start:.0f} s.", logger="current")

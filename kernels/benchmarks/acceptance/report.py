@@ -43,7 +43,7 @@ def markdown(record: dict) -> str:
         parts.append(
             f"{found['states']} states at {'x'.join(map(str, found['shape']))}: forward "
             f"{forward:.3g} ms, forward and backward {both:.3g} ms; the backward pass takes "
-            f"{found['temporary_maps']:.2g} maps of x beside what it returns."
+            f"{_cell(found['temporary_maps'])} maps of x beside what it returns."
         )
     if "models" in record:
         parts += _models(record["models"])

@@ -140,11 +140,11 @@ def captured(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return graph.replay, outputs
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Memory that a call takes beyond what is held before it; 0 on the CPU, which cannot tell."""
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that a call takes beyond what is held before it; None on a CPU, which cannot tell."""
     if device.type != "cuda":
         function()
-        return 0
+        return None
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, MockTensor
@@ -35,6 +36,9 @@ from mmvmamba_kernels import rehearsal
 from mmvmamba_kernels.backends.triton.support import compile_hook
 
 logger = logging.getLogger(__name__)
+
+_MOST_JOBS = 16
+"""Of what is not asked for: every process holds PyTorch, some hundred megabytes."""
 
 # What takes longest to compile, first.
 _ORDER = ("selective_scan_bwd", "selective_scan_fwd", "selective_scan_state", "depthwise_conv_bwd")
@@ -210,7 +214,7 @@ def compile_kernels(
     Args:
         kernels: What :func:`recording` found.
         target: The GPU that it was recorded for.
-        jobs: Processes; None for one for each core that this process may use.
+        jobs: Processes; None for one for each core that this process may use, 16 at most.
         progress: Called after each kernel with its name, the seconds that it took, and how many
             are left.
 
@@ -226,7 +230,7 @@ def compile_kernels(
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / "lock"):
         todo = missing(kernels)
-        jobs = min(jobs or _cores(), len(todo))
+        jobs = min(jobs or min(_cores(), _MOST_JOBS), len(todo))
         _Workers(todo, target, progress).run(jobs)
     return len(todo)
 
@@ -304,17 +308,25 @@ class _Workers:
         return bool(answer)
 
 
+def _launcher_builder() -> Callable[..., object]:
+    """What builds the C code that launches a kernel, and is of this machine: of a GPU's driver."""
+    drivers = [backend.driver for backend in backends.values() if backend.driver.is_active()]
+    return drivers[0]().launcher_cls if drivers else lambda *_: None
+
+
 def _work(target: Target) -> None:
     """Compile what the standard input names, a kernel a line, and answer each with a line."""
     # Where Triton or a compiler prints, it must not be into the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    build_launcher = _launcher_builder()
     with _pretending(target):
         for line in sys.stdin:
             kernel = Specialisation(**json.loads(line))
             start = time.perf_counter()
             try:
-                kernel.kernel.preload(kernel.data)
+                compiled = kernel.kernel.preload(kernel.data)
+                build_launcher(compiled.src, compiled.metadata)
                 found = {"seconds": time.perf_counter() - start}
             except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked tells
                 found = {"failure": f"{type(error).__name__}: {error}"}
