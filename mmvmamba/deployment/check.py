@@ -29,8 +29,8 @@ class Comparison:
         path: The image.
         size: Its height and width as the models take it.
         difference: What differs, in words.
-        error: The largest difference: of probabilities and scores relative to the largest of them,
-            of labels the share of pixels.
+        error: The largest difference: of probabilities, scores and boxes relative to the largest
+            of them, of labels their share.
         eager: Seconds of the original.
         deployed: Seconds of the exported model.
     """
@@ -92,8 +92,8 @@ def _difference(ours: BaseDataElement, theirs: BaseDataElement) -> tuple[str, fl
         return "no box in both", 0.0
     wrong = (ours.labels != theirs.labels).sum().item()
     boxes = (ours.bboxes - theirs.bboxes).abs().max().item()
-    error = _relative(theirs.scores, ours.scores)
-    text = f"{len(ours)} boxes, {boxes:.1e} pixels, scores {error:.1e}, {wrong} labels"
+    error = max(_relative(theirs.scores, ours.scores), _relative(theirs.bboxes, ours.bboxes))
+    text = f"{len(ours)} boxes, {boxes:.1e} pixels, boxes and scores {error:.1e}, {wrong} labels"
     if "masks" in ours:
         # Masks of pictures without a box have another type.
         pixels = (torch.as_tensor(ours.masks) != torch.as_tensor(theirs.masks)).sum().item()

@@ -205,10 +205,10 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str] | None) -> torch.on
             optimize=False,
             verbose=False,
         )
-    # The exporter adds the functions that the graph calls, and not those that these call.
+    model.model.opset_imports[operators.DOMAIN.domain] = operators.DOMAIN.version
     for function in operators.functions():
-        ir = onnx_ir.from_proto(function.to_function_proto())
-        model.model.functions[ir.identifier()] = ir
+        written = onnx_ir.from_proto(function.to_function_proto())
+        model.model.functions[written.identifier()] = written
     optimizer.optimize(model.model, inline=False)
     return model
 

@@ -17,9 +17,10 @@ positions of a line, P lines of a sequence, M = S * P, D channels, R dt rank, N 
 from collections.abc import Callable
 
 import torch
+from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT64, graph, opset18, script
 from onnxscript import opset18 as op
-from onnxscript.values import OnnxFunction, Opset
+from onnxscript.values import OnnxFunction, Op, Opset
 
 import mmvmamba_kernels  # noqa: F401 (registers what is translated)
 from mmvmamba.engine.errors import UsageError
@@ -336,7 +337,7 @@ def BothMerge(y: FLOAT[...], x: FLOAT[...], D: FLOAT[...]) -> FLOAT[...]:
     return ForwardMerge(op.Add(forward, Reversed(backward)), x, D)
 
 
-PATTERNS: dict[str, tuple[Callable, Callable]] = {
+PATTERNS: dict[str, tuple[OnnxFunction, OnnxFunction]] = {
     "cross2d": (CrossSequences, CrossMerge),
     "unidi": (ForwardSequences, ForwardMerge),
     "bidi": (BothSequences, BothMerge),
@@ -344,8 +345,32 @@ PATTERNS: dict[str, tuple[Callable, Callable]] = {
 """By scan pattern, what makes sequences of a map and what makes a map of their results."""
 
 
-def _scan_of(A: FLOAT[...]) -> Callable:
+def _scan_of(A: FLOAT[...]) -> OnnxFunction:
     return ScanOfOneState if A.shape[-1] == 1 else ScanOfStates
+
+
+def _call(function: OnnxFunction, *inputs):
+    """Writes a call of a function that the exporter is not told of.
+
+    It converts the version of what it wrote, for which it would write out every function at each of
+    its places.
+    """
+    parts = (function.function_ir.inputs, function.function_ir.outputs)
+    kinds = ["tensor(float)", "tensor(int64)"]
+    given, results = (
+        [OpSchema.FormalParameter(value.name, f"T{role}{i}") for i, value in enumerate(values)]
+        for role, values in enumerate(parts)
+    )
+    names = [parameter.type_str for parameter in (*given, *results)]
+    schema = OpSchema(
+        function.name,
+        DOMAIN.domain,
+        DOMAIN.version,
+        inputs=given,
+        outputs=results,
+        type_constraints=[(name, kinds, "") for name in names],
+    )
+    return Op(DOMAIN, function.name, schema)(*inputs)
 
 
 def selective_scan_2d(
@@ -369,9 +394,9 @@ def selective_scan_2d(
             f"scan pattern {pattern!r} cannot be exported; {', '.join(PATTERNS)} and cascade2d can."
         )
     sequences, merge = PATTERNS[pattern]
-    u, of_paths, steps = sequences(x, proj)
-    raw, B, C = Projections(of_paths, dt_weight, dt_bias, A)
-    return merge(_scan_of(A)(u, raw, A, B, C, steps), x, D), _nothing()
+    u, of_paths, steps = _call(sequences, x, proj)
+    raw, B, C = _call(Projections, of_paths, dt_weight, dt_bias, A)
+    return _call(merge, _call(_scan_of(A), u, raw, A, B, C, steps), x, D), _nothing()
 
 
 @script(DOMAIN, default_opset=opset18)
@@ -425,9 +450,8 @@ def selective_scan(
         raise UsageError(
             "a selective_scan without D, delta_bias or delta_softplus cannot be exported."
         )
-    # The kernels' rates are of all groups, (K * D, N).
-    parts = GroupedSequences(u, delta, A, B, C, delta_bias)
-    return GroupedMerge(_scan_of(A)(*parts), u, D), _nothing()
+    parts = _call(GroupedSequences, u, delta, A, B, C, delta_bias)
+    return _call(GroupedMerge, _call(_scan_of(A), *parts), u, D), _nothing()
 
 
 @script(DOMAIN, default_opset=opset18)
@@ -549,7 +573,7 @@ def state_space_dual(
     if D is None or dt_bias is None:
         raise UsageError("a state_space_dual without D or dt_bias cannot be exported.")
     most = op.Constant(value_ints=[chunk_size])
-    return StateSpaceDual(x, dt, A, B, C, D, dt_bias, most), _nothing()
+    return _call(StateSpaceDual, x, dt, A, B, C, D, dt_bias, most), _nothing()
 
 
 def _nothing() -> FLOAT[...]:
