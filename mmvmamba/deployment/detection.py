@@ -20,9 +20,10 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from mmvmamba.deployment.models import DETECTORS, Deployable, require
+from mmvmamba.deployment.deployable import Deployable, require
 from mmvmamba.engine.errors import UsageError
 
+DETECTORS = "RetinaNet, Faster R-CNN and Mask R-CNN"
 # mmdet's limit of how much wider or higher a box is than what it was made of.
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
