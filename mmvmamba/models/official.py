@@ -12,7 +12,6 @@ Arguments without a counterpart here are refused by name.
 import difflib
 import inspect
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -335,7 +334,7 @@ class SS2D(ss2d.SS2D):
             d_model,
             d_state,
             ssm_ratio,
-            dt_rank=_rank(dt_rank, d_model),
+            dt_rank,
             scan=mixer.get("scan", "cross2d"),
             drop=dropout,
             **{name: mixer[name] for name in ("gated", "dwconv", "dwconv_bias", "act", "init")},
@@ -381,15 +380,11 @@ class SS2Dm0(Mamba2Mixer):
             d_model,
             d_state,
             ssm_ratio,
-            heads=_rank(dt_rank, d_model),
+            dt_rank,
             drop=dropout,
             **{name: mixer[name] for name in ("dwconv", "dwconv_bias", "act", "init")},
         )
         set_out_norm(self, out_norm)
-
-
-def _rank(dt_rank: int | Literal["auto"], channels: int) -> int:
-    return math.ceil(channels / 16) if dt_rank == "auto" else dt_rank
 
 
 class VSSBlock(layers.VSSBlock):
@@ -622,6 +617,7 @@ class VSSM(VMamba):
             init_cfg=init_cfg,
         )
         self.dims = list(self.arch.dims)
+        self.num_layers = len(self.dims)
         self.channel_first = norm_layer.lower() in CHANNEL_FIRST
         for dim, layer in zip(self.dims, self.layers, strict=True):
             for block in layer.blocks:

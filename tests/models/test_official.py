@@ -217,6 +217,7 @@ def derived(case, norm_layer):
         def __init__(self, out_indices=(0, 1), **kwargs):
             super().__init__(**kwargs)
             self.channel_first = norm_layer == "ln2d"
+            assert (self.num_layers, self.num_features) == (2, 8)
             self.out_indices = out_indices
             norm = LayerNorm2d if self.channel_first else nn.LayerNorm
             for i in out_indices:
