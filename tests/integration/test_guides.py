@@ -34,8 +34,7 @@ def place(project, sample_data, tmp_path) -> Path:
     (tmp_path / "data/sample").symlink_to(sample_data)
     for text in blocks(project / BUILDING, "python"):
         if name := re.match(r"# (\w+\.py)\n", text):
-            # Smaller batches, for the sake of time.
-            (tmp_path / name[1]).write_text(text.replace("(8,)", "(2,)"))
+            (tmp_path / name[1]).write_text(text)
     return tmp_path
 
 
