@@ -186,25 +186,38 @@ def write_openvino(model: torch.onnx.ONNXProgram, out: Path) -> None:
 
 
 def to_onnx(program: ExportedProgram, outputs: Sequence[str] | None) -> torch.onnx.ONNXProgram:
-    """The ONNX graph of what was traced, with the operators as functions."""
+    """The ONNX graph of what was traced, with the operators as functions.
+
+    Raises:
+        UsageError: If an operator has no translation for what it was called with.
+    """
     import onnx_ir
     from onnxscript import optimizer
 
     from mmvmamba.deployment import operators
 
-    with _undisturbed():
-        model = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=outputs and list(outputs),
-            custom_translation_table=operators.translations(),
-            # It would write out every function at each of its places.
-            optimize=False,
-            verbose=False,
-        )
+    try:
+        with _undisturbed():
+            model = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=outputs and list(outputs),
+                custom_translation_table=operators.translations(),
+                # It would write out every function at each of its places.
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        # What a translation says stands behind what the exporter says of it.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UsageError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise UsageError(str(cause)) from error
     model.model.opset_imports[operators.DOMAIN.domain] = operators.DOMAIN.version
     for function in operators.functions():
         written = onnx_ir.from_proto(function.to_function_proto())

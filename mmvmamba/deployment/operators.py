@@ -5,8 +5,7 @@ once, each from a zero state, and then their ends, from line to line, which give
 enters each line. The loops have as many iterations as a map has rows and columns, not positions.
 
 Runtimes differ in what they take. OpenVINO's loops know no values from outside, so that rates
-travel as a state that does not change; and both runtimes' Softplus loses digits where steps are
-small.
+travel as a state that does not change; and its Softplus loses digits where steps are small.
 
 Shape letters: B batch, K directions, S sequences of a direction, L positions of a sequence, T
 positions of a line, P lines of a sequence, M = S * P, D channels, R dt rank, N state dimension.

@@ -76,51 +76,77 @@ def errors(run, model: torch.nn.Module, batch: torch.Tensor) -> list[float]:
     ]
 
 
+def check_at_any_size(run, model: VMamba) -> None:
+    # One image and several, wide and high, odd.
+    for shape in ((1, 3, 48, 64), (3, 3, 67, 30)):
+        assert max(errors(run, model, images(*shape))) <= TOLERANCE
+
+
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("arch", "options"),
     [
-        (SMALL, {}),
-        (VANILLA, {}),
-        (MAMBA2, {}),
-        (SMALL, {"scan": "cascade2d"}),
-        (SMALL | {"downsample": "v2"}, {"scan": "bidi", "norm": "bn", "d_state": 2}),
+        pytest.param(VANILLA, {}, id="vanilla"),
+        pytest.param(MAMBA2, {}, id="mamba2"),
+        pytest.param(SMALL, {"scan": "cascade2d"}, id="cascade", marks=SLOW),
+        pytest.param(
+            SMALL | {"downsample": "v2"},
+            {"scan": "bidi", "norm": "bn", "d_state": 2},
+            id="bidi",
+            marks=SLOW,
+        ),
     ],
-    ids=["cross", "vanilla", "mamba2", "cascade", "bidi"],
 )
 def test_backbones_equal_eager_ones_at_any_size(tmp_path, arch, options):
     model = backbone(arch, **options)
     for run in exported(model, tmp_path, ("onnx", "openvino")):
-        # One image and several, wide and high, odd.
-        for shape in ((1, 3, 48, 64), (3, 3, 67, 30)):
-            assert max(errors(run, model, images(*shape))) <= TOLERANCE
+        check_at_any_size(run, model)
 
 
-def test_graph_is_standard_and_small(tmp_path):
-    model = backbone({"dims": 16, "depths": (2, 2, 8, 2)})
-    [run] = exported(model, tmp_path, ("onnx",))
-    graph = onnx.load(tmp_path / "model.onnx")
-    onnx.checker.check_model(graph)
-    # All of VMamba-T's blocks, 70,386 nodes in the one public graph of it.
-    assert len(graph.graph.node) + sum(len(f.node) for f in graph.functions) <= 2500
-    domains = {node.domain for node in graph.graph.node}
-    assert domains <= {"", "mmvmamba"}
-    names = [function.name for function in graph.functions]
-    assert len(names) == len(set(names))
-    assert {node.domain for f in graph.functions for node in f.node} <= {"", "mmvmamba"}
-    called = [node.op_type for node in graph.graph.node].count("ScanOfOneState")
-    assert called == 14
-    assert {opset.domain: opset.version for opset in graph.opset_import}[""] == export.OPSET
-    batch = images(1, 3, 32, 32)
-    assert max(errors(run, model, batch)) <= TOLERANCE
-
-
-def test_pt2_file_runs_with_the_kernels_alone(tmp_path):
+@pytest.fixture(scope="module")
+def small() -> tuple[VMamba, torch.export.ExportedProgram]:
     model = backbone(SMALL)
-    program = export.trace(model, *export.example_for(model, None, True))
+    return model, export.trace(model, *export.example_for(model, None, True))
+
+
+def check_graph(path: Path, blocks: int) -> None:
+    """Standard operators alone, and each function written once and called by every block."""
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph)
+    # VMamba-T's; the one public graph of it has 70,386.
+    assert len(graph.graph.node) + sum(len(f.node) for f in graph.functions) <= 2500
+    nodes = [*graph.graph.node, *(node for f in graph.functions for node in f.node)]
+    functions = {function.name for function in graph.functions}
+    assert len(functions) == len(graph.functions)
+    assert {node.domain for node in nodes} <= {"", "mmvmamba"}
+    assert {node.op_type for node in nodes if node.domain} == functions
+    called = [node.op_type for node in graph.graph.node]
+    assert called.count("ScanOfOneState") == called.count("CrossMerge") == blocks
+    assert {opset.domain: opset.version for opset in graph.opset_import}[""] == export.OPSET
+
+
+def test_graph_is_standard_and_small(tmp_path, small):
+    model, program = small
+    path = tmp_path / "model.onnx"
+    export.write(program, path, "onnx")
+    check_graph(path, blocks=2)
+    check_at_any_size(runtimes.open_file(path, threads=1), model)
+
+
+@pytest.mark.slow
+def test_graph_of_vmamba_t_is_small(tmp_path):
+    list(exported(backbone("tiny"), tmp_path, ("onnx",)))
+    check_graph(tmp_path / "model.onnx", blocks=14)
+
+
+def test_pt2_file_runs_with_the_kernels_alone(tmp_path, small):
+    model, program = small
     export.write(program, tmp_path / "model.pt2", "pt2")
     batch = images(1, 3, 40, 52)
     np.save(tmp_path / "images.npy", batch.numpy())
-    program = """
+    code = """
 import sys, numpy, torch, mmvmamba_kernels
 module = torch.export.load("model.pt2").module()
 with torch.no_grad():
@@ -128,7 +154,7 @@ with torch.no_grad():
 assert not {name.split(".")[0] for name in sys.modules} & {"mmvmamba", "mmengine"}
 numpy.savez("maps.npz", *(m.numpy() for m in maps))
 """
-    tiny.run_python("-c", program, cwd=tmp_path, tasks=False, cold=True)
+    tiny.run_python("-c", code, cwd=tmp_path, tasks=False, cold=True)
     found = np.load(tmp_path / "maps.npz")
     with torch.no_grad():
         for one, expected in zip(found.values(), model(batch), strict=True):
@@ -170,6 +196,8 @@ def test_whole_models_equal_openmmlabs(name, project, sample_data, tmp_path):
         *(project / "tools/deployment/export.py", config, checkpoint, out),
         *("--check", *pictures, *options),
         cwd=tmp_path,
+        # Room for the table.
+        COLUMNS="200",
     )
     assert "onnxruntime differs by" in done.stdout
     record = json.loads((tmp_path / "model.json").read_text())
@@ -279,6 +307,12 @@ def test_what_cannot_be_exported_is_named(project):
         deployable("mmpose", Doubling())
     with pytest.raises(UsageError, match=r"--size 4 64: the model takes images from 8 pixels"):
         export.example_for(backbone(SMALL | {"downsample": "v2"}), (4, 64), True)
+
+
+@pytest.mark.slow
+def test_scan_paths_that_are_lists_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"^scan pattern 'hilbert' cannot be exported; cross2d,"):
+        list(exported(backbone(SMALL, scan="hilbert"), tmp_path, ("onnx",)))
 
 
 @pytest.mark.slow
