@@ -250,7 +250,9 @@ def spread(height, width):
 
 
 @pytest.mark.parametrize(
-    ("scan", "directions"), [("hilbert", 4), ("window3", 4), ("atrous3", 9), (spread, 3)], ids=str
+    ("scan", "directions"),
+    [("hilbert", 4), ("window3", 4), ("atrous3", 9), (spread, 3)],
+    ids=["hilbert", "window3", "atrous3", "function"],
 )
 def test_scans_along_lists_of_positions_train(scan, directions):
     small = {"dims": 8, "depths": (1, 1), "d_state": 2, "drop_path_rate": 0.0}
