@@ -240,9 +240,12 @@ def test_layer_norm_compiles(architecture, channels, monkeypatch, tmp_path):
     assert all(r.stack <= SPILL for r in resources), resources
 
 
+BACKWARD_REGISTERS = 168
+"""Most registers of a thread of the backward kernel: 12 warps on a multiprocessor of sm_90."""
+
 # Of one warp; what the registers of a multiprocessor, 65536, are shared among.
 CASES_CONV = {
-    # batch, height, width, channels; dtype, activation, most registers of a thread
+    # batch, height, width, channels; dtype, activation, most registers of a thread forwards
     "stage 1": ((128, 56, 56, 96), torch.bfloat16, "silu", 96),
     "stage 2": ((2, 28, 28, 192), torch.bfloat16, "silu", 96),
     "columns left over, gelu": ((1, 50, 50, 192), torch.bfloat16, "gelu", 112),
@@ -262,9 +265,12 @@ def test_depthwise_conv_compiles(case, architecture, monkeypatch, tmp_path):
     monkeypatch.setattr(triton_impl, "multiprocessors", lambda _: PROCESSORS)
     shape, dtype, act, registers = CASES_CONV[case]
     run("depthwise_conv", depthwise_conv_arguments(*shape, dtype=dtype), act=act)
-    assert len(launches) == 3
+    assert len(launches) == 2
     resources = compile_all(launches, architecture, tmp_path)
-    assert all(r.stack == 0 and r.registers <= registers for r in resources), resources
+    forward, backward = resources
+    assert forward.registers <= registers, forward
+    assert backward.registers <= BACKWARD_REGISTERS, backward
+    assert all(r.stack == 0 for r in resources), resources
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="gpu_model", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--out", help="where compiled kernels go; by default a temporary folder")
+    parser.add_argument("--out", help="where compiled kernels go; by default a folder of the cache")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see COMMAND --help")
     args = parser.parse_args()

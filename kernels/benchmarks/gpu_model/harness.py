@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ PROCESSORS = 132
 
 def output_folder() -> Path:
     """Where compiled kernels, the model's program and traces go."""
-    chosen = os.environ.get("GPU_MODEL_OUT")
-    folder = Path(chosen) if chosen else Path(tempfile.gettempdir()) / "gpu_model"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # The user's own, since a program is run from there.
+    folder = Path(os.environ.get("GPU_MODEL_OUT") or Path(cache) / "mmvmamba_kernels/gpu_model")
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 

@@ -42,8 +42,8 @@ def main_steps(launch: Launch) -> int:
 
 
 def turns(launch: Launch) -> int:
-    """Iterations of the loops within the main loop: the backward walk's several states."""
-    return launch.options["N"] if launch.name == "selective_scan_bwd_kernel" else 1
+    """Iterations of the loop within the main loop: turns of several states."""
+    return launch.integers.get("turns", 1)
 
 
 def scan_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:

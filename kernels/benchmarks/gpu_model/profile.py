@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from gpu_model.harness import PROCESSORS, Kernel, Launch, output_folder
+from gpu_model.harness import PROCESSORS, Kernel, Launch
 from gpu_model.predict import short_name, turns
 from gpu_model.record import PHASES, SHAPES, core_launches, parse_shape
 from gpu_model.sass import Instruction, longest_loop, loops
@@ -51,12 +53,14 @@ def profile(
 ) -> tuple[float, int, list[Wait]]:
     """Cycles and instructions of an iteration, and the waits in it, the longest first."""
     iterations = loop_counts(kernel, _ITERATIONS, states)
-    file = output_folder() / "trace.txt"
-    replay(kernel, iterations, blocks, share, trace_file=file)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.txt"
+        replay(kernel, iterations, blocks, share, trace_file=file)
+        lines = file.read_text().splitlines()
     instructions = kernel.instructions
     trace, _ = unroll_trace(instructions, iterations)
     at: list[float] = []
-    for line in file.read_text().splitlines()[: len(trace)]:
+    for line in lines[: len(trace)]:
         at.append(float(line.split()[1]))
     first = loops(instructions)[loop][0]
     starts = [step for step, i in enumerate(trace) if i == first]

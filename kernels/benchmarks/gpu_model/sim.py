@@ -387,20 +387,22 @@ def loop_counts(kernel: Kernel, iterations: int, turns: int = 1) -> dict[int, in
     Args:
         kernel: The machine code.
         iterations: Of the main loop, the longest.
-        turns: Of every innermost loop within it. One between, as the states that are not saved take
-            in the backward walk, runs once for each step of the main loop, which is its average.
+        turns: Of the last innermost loop within it; half as many of those before, in which the
+            backward walk finds the states that are not saved, at every second step.
     """
     found = loops(kernel.instructions)
     main = longest_loop(kernel.instructions)
     if main is None:
         return {}
     first, last = found[main]
-    counts = {main: iterations}
-    for i, (start, end) in enumerate(found):
-        within = first < start and end < last
-        if within and not any(start < a and b < end for a, b in found):
-            counts[i] = turns
-    return counts
+    inner = [
+        i
+        for i, (start, end) in enumerate(found)
+        if first < start and end < last and not any(start < a and b < end for a, b in found)
+    ]
+    # All but the last find states, before every second step.
+    counts = {i: max(turns // 2, 1) for i in inner[:-1]}
+    return {main: iterations, **counts, **dict.fromkeys(inner[-1:], turns)}
 
 
 def kernel_time(

@@ -1,8 +1,7 @@
 """The depth-wise convolution in Triton, forward and backward.
 
-The backward pass is two kernels: one recomputes what the activation took and writes the gradient
-of that, and the programs' sums for weight and bias; the other is the forward kernel, run on that
-gradient with the filters turned by half a turn.
+The backward pass is one kernel, which computes again what the activation took. It leaves its
+programs' sums for weight and bias, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ _SHORTEST = 2
 _LONGEST_FORWARD = 16
 """Rows at which their overlap costs little: shorter programs share out the work more evenly."""
 
-_LONGEST_BACKWARD = 64
-"""The same where every program leaves partial sums: longer ones leave less to add."""
+_LONGEST_BACKWARD = 32
+"""The same where four rows overlap, and every program leaves partial sums."""
 
 _COLUMNS = 7
 """Columns of a program, in all maps, so that one kernel serves them.
@@ -122,14 +121,6 @@ def _tiling(x: Tensor, dtype: torch.dtype, backward: bool) -> _Tiling:
     )
 
 
-def _scale(x: Tensor) -> float:
-    """What the gradient before the activation is multiplied by while it is in memory.
-
-    A derivative may exceed one, by up to an eighth, and a float16 gradient be at its limit.
-    """
-    return 0.5 if x.dtype == torch.float16 else 1.0
-
-
 def _constants(x: Tensor, tiles: _Tiling, dtype: torch.dtype, act: str) -> Mapping[str, object]:
     nvidia = x.is_cuda and torch.version.hip is None and not interpreting()
     return {
@@ -140,40 +131,6 @@ def _constants(x: Tensor, tiles: _Tiling, dtype: torch.dtype, act: str) -> Mappi
         "FAST": nvidia and dtype == torch.float32,
         "num_warps": 1,
     }
-
-
-def _convolve(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    act: str,
-    flip: bool = False,
-    scale: float = 1.0,
-) -> Tensor:
-    """The forward kernel; ``flip`` turns the filters, ``scale`` multiplies what they give."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if out.numel() == 0:
-        return out
-    x, stride = _positions(x)
-    channels, tiles = x.shape[3], _tiling(x, dtype, backward=False)
-    with on_device(x):
-        depthwise_conv_fwd_kernel[tiles.grid](
-            x,
-            taps,
-            bias if bias is None else bias.contiguous(),
-            out,
-            *tiles.sizes(x.shape),
-            channels,
-            stride,
-            CONSTANT_C=channels if stride == channels and tiles.block == lanes(x.device) else 0,
-            WHOLE=channels % tiles.block == 0,
-            FLIP=flip,
-            SCALE=scale,
-            HAS_BIAS=bias is not None,
-            **_constants(x, tiles, dtype, act),
-        )
-    return out
 
 
 def carries_shape(_: Arguments) -> tuple[int, ...]:
@@ -190,7 +147,25 @@ def forward(arguments: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     del save_carries
     x, weight, bias, act = arguments
     dtype = state_dtype(*arguments)
-    return _convolve(x, _taps(weight), bias, dtype, act), x.new_empty(0, dtype=dtype)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        x, stride = _positions(x)
+        channels, tiles = x.shape[3], _tiling(x, dtype, backward=False)
+        with on_device(x):
+            depthwise_conv_fwd_kernel[tiles.grid](
+                x,
+                _taps(weight),
+                bias if bias is None else bias.contiguous(),
+                out,
+                *tiles.sizes(x.shape),
+                channels,
+                stride,
+                CONSTANT_C=channels if stride == channels and tiles.block == lanes(x.device) else 0,
+                WHOLE=channels % tiles.block == 0,
+                HAS_BIAS=bias is not None,
+                **_constants(x, tiles, dtype, act),
+            )
+    return out, x.new_empty(0, dtype=dtype)
 
 
 def backward(
@@ -198,33 +173,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :func:`mmvmamba_kernels.depthwise_conv.reference.backward`."""
     x, weight, bias, act = arguments
-    dtype, scale = carries.dtype, _scale(x)
-    channels, taps = x.shape[3], _taps(weight)
-    grad_z = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = carries.dtype
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, stride = _positions(x)
-    tiles = _tiling(x, dtype, backward=True)
+    channels, tiles = x.shape[3], _tiling(x, dtype, backward=True)
     partial = x.new_empty((tiles.programs, 10, channels), dtype=dtype)
     if x.numel():
         with on_device(x):
             depthwise_conv_bwd_kernel[tiles.grid](
                 x,
-                taps,
+                _taps(weight),
                 bias if bias is None else bias.contiguous(),
                 grad_out.contiguous(),
-                grad_z,
+                grad_x,
                 partial,
                 *tiles.sizes(x.shape),
                 C=channels,
                 STRIDE=stride,
-                FULL=False,
-                SCALE=scale,
                 HAS_BIAS=bias is not None,
                 **_constants(x, tiles, dtype, act),
             )
     sums = partial.sum(0)
     grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype)
     return (
-        _convolve(grad_z, taps, None, dtype, "none", flip=True, scale=1 / scale),
+        grad_x,
         grad_weight.contiguous(),
         # A copy: compilers take an operator's results to be aligned, as a view need not be.
         None if bias is None else sums[9].to(bias.dtype, copy=True),

@@ -95,12 +95,11 @@ def _channels(start, C, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _taps(taps_ptr, c, inside, C, FLIP: tl.constexpr, ACC: tl.constexpr):
-    """The nine weights of every channel, row by row; turned by half a turn with FLIP."""
+def _taps(taps_ptr, c, inside, C, ACC: tl.constexpr):
+    """The nine weights of every channel, row by row."""
     taps = ()
     for t in tl.static_range(9):
-        tap_ptr = taps_ptr + (8 - t if FLIP else t) * C
-        taps = taps + (tl.load(tap_ptr + c, mask=inside, other=0.0).to(ACC),)
+        taps = taps + (tl.load(taps_ptr + t * C + c, mask=inside, other=0.0).to(ACC),)
     return taps
 
 
@@ -114,26 +113,31 @@ def _load_row(
     width,
     STRIDE,
     P: tl.constexpr,
-    FULL: tl.constexpr,
-    ACC: tl.constexpr,
+    MORE: tl.constexpr,
 ):
-    """A row's P columns and the one on each side, zeros outside the map.
+    """A row's P columns and MORE on each side, one or two, zeros outside the map.
 
     Args:
         ptr: Where the row's first column is, for every channel.
-        FULL: Whether all P columns are inside every map, so that only the other two may be outside.
     """
-    exists = inside & (row >= 0) & (row < height)
+    # One comparison a column.
+    columns = tl.where((row >= 0) & (row < height), width - column, 0)
     values = ()
-    for j in tl.static_range(P + 2):
-        if j == 0:
-            mask = exists & (column > 0)
-        elif FULL and j < P + 1:
-            mask = exists
-        else:
-            mask = exists & (column + (j - 1) < width)
-        values = values + (tl.load(ptr + (j - 1) * STRIDE, mask=mask, other=0.0).to(ACC),)
+    for j in tl.static_range(-MORE, P + MORE):
+        mask = inside & (columns > j)
+        if j < 0:
+            # The columns before are another program's P.
+            mask = inside & (columns > 0) & (column > 0)
+        values = values + (tl.load(ptr + j * STRIDE, mask=mask, other=0.0),)
     return values
+
+
+@triton.jit
+def _converted(values, COUNT: tl.constexpr, ACC: tl.constexpr):
+    converted = ()
+    for j in tl.static_range(COUNT):
+        converted = converted + (values[j].to(ACC),)
+    return converted
 
 
 @triton.jit
@@ -162,13 +166,11 @@ def depthwise_conv_fwd_kernel(
     BLOCK_C: tl.constexpr,
     WHOLE: tl.constexpr,
     ACT: tl.constexpr,
-    FLIP: tl.constexpr,
-    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The activation of SCALE times the convolution of x and the bias.
+    """The activation of the convolution of x and the bias.
 
     A row of x is needed by three rows of the output. It is added to all three as it is read, so
     that two rows of unfinished sums are what a program keeps, and of x nothing.
@@ -190,7 +192,7 @@ def depthwise_conv_fwd_kernel(
         height, width, strips, chunks, rows, C, P, BLOCK_C
     )
     c, inside = _channels(start, C, BLOCK_C, WHOLE)
-    taps = _taps(taps_ptr, c, inside, C, FLIP, ACC)
+    taps = _taps(taps_ptr, c, inside, C, ACC)
     bias = tl.zeros((BLOCK_C,), ACC)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
@@ -198,8 +200,10 @@ def depthwise_conv_fwd_kernel(
     step = width.to(tl.int64) * STRIDE
     x_row = x_ptr + position * STRIDE + c
     out_row = out_ptr + position * C + c
-    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, False, ACC)
-    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, False, ACC)
+    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, 1)
+    above = _converted(above, P + 2, ACC)
+    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, 1)
+    here = _converted(here, P + 2, ACC)
     ending = ()
     begun = ()
     for j in tl.static_range(P):
@@ -207,12 +211,12 @@ def depthwise_conv_fwd_kernel(
         begun = begun + (_add(bias, here, taps, j, 0),)
     for i in range(count):
         x_row += step
-        row = first + i + 1
-        below = _load_row(x_row, row, column, inside, height, width, STRIDE, P, False, ACC)
+        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, 1)
+        below = _converted(below, P + 2, ACC)
         following = ()
         starting = ()
         for j in tl.static_range(P):
-            out = _activation(_add(ending[j], below, taps, j, 2) * SCALE, ACT, FAST)
+            out = _activation(_add(ending[j], below, taps, j, 2), ACT, FAST)
             mask = inside & (column + j < width)
             tl.store(out_row + j * C, out.to(out_ptr.dtype.element_ty), mask=mask)
             following = following + (_add(begun[j], below, taps, j, 1),)
@@ -223,8 +227,29 @@ def depthwise_conv_fwd_kernel(
 
 
 @triton.jit
+def _through_activation(
+    grads,
+    above,
+    here,
+    below,
+    taps,
+    bias,
+    COUNT: tl.constexpr,
+    ACT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The gradients of what the activation took in COUNT columns, which is computed again."""
+    through = ()
+    for j in tl.static_range(COUNT):
+        z = _add(_add(bias, above, taps, j, 0), here, taps, j, 1)
+        slope = _derivative(_add(z, below, taps, j, 2), ACT, FAST)
+        through = through + (grads[j] * slope,)
+    return through
+
+
+@triton.jit
 def _add_products(sums, above, here, below, grad, j: tl.constexpr):
-    """Add a column's share of the gradients of the nine weights."""
+    """Add a column's share of the gradients of the nine weights, and of the bias."""
     return (
         sums[0] + above[j] * grad,
         sums[1] + above[j + 1] * grad,
@@ -235,6 +260,7 @@ def _add_products(sums, above, here, below, grad, j: tl.constexpr):
         sums[6] + below[j] * grad,
         sums[7] + below[j + 1] * grad,
         sums[8] + below[j + 2] * grad,
+        sums[9] + grad,
     )
 
 
@@ -244,7 +270,7 @@ def depthwise_conv_bwd_kernel(
     taps_ptr,
     bias_ptr,
     grad_out_ptr,
-    grad_z_ptr,
+    grad_x_ptr,
     partial_ptr,
     height,
     width,
@@ -254,22 +280,24 @@ def depthwise_conv_bwd_kernel(
     C: tl.constexpr,
     STRIDE: tl.constexpr,
     P: tl.constexpr,
-    FULL: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACT: tl.constexpr,
-    SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """The gradient of what the activation takes, and of weight and bias.
+    """The gradients of x, of the weight and of the bias.
+
+    Row by row, what the activation took is computed again and its gradient goes to the three rows
+    of x's gradient that need it, so that it is never in memory. Neighbours compute it too where
+    they need it: a row above and below, and a column on each side.
 
     Args:
         x_ptr: The map, STRIDE elements from a position to the next.
         taps_ptr: (9, C).
         bias_ptr: (C,).
         grad_out_ptr: Gradient of the output, contiguous.
-        grad_z_ptr: Where SCALE times the gradient of the convolution's result goes, contiguous.
+        grad_x_ptr: Where the gradient of x goes, contiguous.
         partial_ptr: Where every program's sums go: of the nine weights and the bias, (programs of
             one channel block, 10, C).
         strips: Groups of P columns in a row of the map.
@@ -280,40 +308,71 @@ def depthwise_conv_bwd_kernel(
         height, width, strips, chunks, rows, C, P, BLOCK_C
     )
     c, inside = _channels(start, C, BLOCK_C, C % BLOCK_C == 0)
-    taps = _taps(taps_ptr, c, inside, C, False, ACC)
-    sums = ()
-    for _ in tl.static_range(9):
-        sums = sums + (tl.zeros((BLOCK_C,), ACC),)
-    total = tl.zeros((BLOCK_C,), ACC)
-    bias = tl.zeros((BLOCK_C,), ACC)
+    taps = _taps(taps_ptr, c, inside, C, ACC)
+    turned = ()
+    for t in tl.static_range(9):
+        turned = turned + (taps[8 - t],)
+    zero = tl.zeros((BLOCK_C,), ACC)
+    bias = zero
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
+    sums = ()
+    for _ in tl.static_range(10):
+        sums = sums + (tl.zeros((BLOCK_C,), ACC),)
+    ending = ()
+    begun = ()
+    for _ in tl.static_range(P):
+        ending = ending + (tl.zeros((BLOCK_C,), ACC),)
+        begun = begun + (tl.zeros((BLOCK_C,), ACC),)
 
-    step = width.to(tl.int64) * STRIDE
-    x_row = x_ptr + position * STRIDE + c
-    offset = position * C + c
-    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, FULL, ACC)
-    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, FULL, ACC)
-    for i in range(count):
-        x_row += step
-        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, FULL, ACC)
+    x_step = width.to(tl.int64) * STRIDE
+    step = width.to(tl.int64) * C
+    # Two rows above this program's own; of the gradient one.
+    x_row = x_ptr + position * STRIDE + c - 2 * x_step
+    grad_row = grad_out_ptr + position * C + c - step
+    out_row = grad_x_ptr + position * C + c - 2 * step
+    # No two names for one value, which Triton would not take to change.
+    above = ()
+    here = ()
+    loaded = ()
+    for _ in tl.static_range(P + 4):
+        above = above + (tl.zeros((BLOCK_C,), ACC),)
+        here = here + (tl.zeros((BLOCK_C,), ACC),)
+        loaded = loaded + (tl.zeros((BLOCK_C,), x_ptr.dtype.element_ty),)
+    for i in range(3):
+        above = here
+        here = _converted(loaded, P + 4, ACC)
+        loaded = _load_row(x_row, first - 2 + i, column, inside, height, width, STRIDE, P, 2)
+        x_row += x_step
+    # Loads of a row stand together, and are carried to the next turn as they are.
+    grads = _load_row(grad_row, first - 1, column, inside, height, width, C, P, 1)
+    for i in range(count + 2):
+        below = _converted(loaded, P + 4, ACC)
+        of_z = _converted(grads, P + 2, ACC)
+        if ACT != "none":
+            of_z = _through_activation(of_z, above, here, below, taps, bias, P + 2, ACT, FAST)
+        owned = inside & (i > 0) & (i <= count)
+        columns = tl.where(i > 1, width - column, 0)
+        following = ()
+        starting = ()
         for j in tl.static_range(P):
-            mask = inside if FULL else inside & (column + j < width)
-            grad = tl.load(grad_out_ptr + offset + j * C, mask=mask, other=0.0).to(ACC)
-            if ACT != "none":
-                z = _add(_add(bias, above, taps, j, 0), here, taps, j, 1)
-                grad *= _derivative(_add(z, below, taps, j, 2), ACT, FAST)
-            tl.store(
-                grad_z_ptr + offset + j * C,
-                (grad * SCALE).to(grad_z_ptr.dtype.element_ty),
-                mask=mask,
-            )
-            sums = _add_products(sums, above, here, below, grad, j)
-            total += grad
+            own = tl.where(owned, of_z[j + 1], 0.0)
+            sums = _add_products(sums, above, here, below, own, j + 1)
+            out = _add(ending[j], of_z, turned, j, 2)
+            mask = inside & (columns > j)
+            tl.store(out_row + j * C, out.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            following = following + (_add(begun[j], of_z, turned, j, 1),)
+            starting = starting + (_add(zero, of_z, turned, j, 0),)
+        ending = following
+        begun = starting
         above = here
         here = below
-        offset += width.to(tl.int64) * C
+        grad_row += step
+        out_row += step
+        row = first + i
+        loaded = _load_row(x_row, row + 1, column, inside, height, width, STRIDE, P, 2)
+        grads = _load_row(grad_row, row, column, inside, height, width, C, P, 1)
+        x_row += x_step
     partial = partial_ptr + (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * (10 * C) + c
-    for tap in tl.static_range(9):
-        tl.store(partial + tap * C, sums[tap], mask=inside)
-    tl.store(partial + 9 * C, total, mask=inside)
+    for t in tl.static_range(10):
+        tl.store(partial + t * C, sums[t], mask=inside)

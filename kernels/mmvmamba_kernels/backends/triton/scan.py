@@ -118,10 +118,15 @@ class Layout:
     def saved_interval(self) -> int:
         """Positions between the states that the forward pass saves, a multiple of INTERVAL.
 
-        One state at every interval is as much memory as a bfloat16 input. Several would be many
-        times the input, so they are saved further apart and the backward pass fills the gaps.
+        One state at every interval is as much memory as a bfloat16 input. Several are saved at
+        every second, and the backward pass finds those between.
         """
-        return INTERVAL if self.states == 1 else 8 * INTERVAL
+        return INTERVAL if self.states == 1 else 2 * INTERVAL
+
+    @property
+    def turn(self) -> int:
+        """States whose turn it is at a time, so that a kernel's code does not grow with all."""
+        return next(turn for turn in (4, 2, 1) if self.states % turn == 0)
 
     @property
     def carries_shape(self) -> tuple[int, ...]:
@@ -182,8 +187,11 @@ def channel_blocks(layout: Layout, width: int) -> int:
 
 
 def forward_group(layout: Layout) -> int:
-    """Positions of a group of the forward pass, by the code that they take."""
-    work = layout.rank + 4 * layout.states
+    """Positions of a group of the forward pass, by the code that they take.
+
+    States that take turns have a code of their own.
+    """
+    work = layout.rank + (4 * layout.states if layout.states == layout.turn else 0)
     return 8 if work <= 16 else 4 if work <= 128 else 2
 
 
@@ -212,7 +220,12 @@ class _Launch:
         reach = layout.height * layout.width * max(layout.stride, self.directions * width)
         compute = tl.float64 if operands.dtype == torch.float64 else tl.float32
         # Two numbers of 16 bits are read as one word.
-        packed = proj.element_size() == 2 and layout.low_rank % 2 == 0 and is_aligned(proj, 4)
+        packed = (
+            proj.element_size() == 2
+            and layout.low_rank % 2 == 0
+            and (layout.states == 1 or layout.turn > 1)
+            and is_aligned(proj, 4)
+        )
         self.constants = {
             "K": self.directions,
             "N": layout.states,
@@ -227,6 +240,7 @@ class _Launch:
             and any(path.column_major for path in paths),
             "HAS_BIAS": operands.bias is not None,
             "SOFTPLUS": operands.softplus,
+            "TURN": layout.turn,
             "BLOCKS": blocks,
             "LANES": self.lanes,
             "FULL": layout.channels % (blocks * self.lanes) == 0,
@@ -244,14 +258,18 @@ class _Launch:
         # An absent tensor is never read, but a kernel must be given one.
         self.absent = u.new_empty(0, dtype=operands.dtype)
         words = proj.view(-1).view(torch.int32) if packed else proj
+        # (K, N, D), so that neighbouring channels are neighbours in memory.
+        rates = operands.A.view(self.directions, layout.channels, layout.states)
+        self.rates = rates.transpose(1, 2).contiguous()
         self.inputs = tuple(
             self.absent if t is None else t
             for t in (
-                *(operands.delta, words, operands.weight, operands.bias, operands.A),
+                *(operands.delta, words, operands.weight, operands.bias, self.rates),
                 operands.lists,
             )
         )
         self.sizes = (layout.channels, layout.height, layout.width, layout.lines, layout.length)
+        self.turns = layout.states // layout.turn
         self.strides = (layout.stride, layout.stride_u_k, layout.stride_delta_k)
 
     def cut(self, chunk: int) -> None:
@@ -283,6 +301,7 @@ class _Launch:
             self.chunk,
             self.chunks,
             self.blocks,
+            self.turns,
             *self.strides,
             BACKWARDS=backwards,
             GROUP=forward_group(layout),
@@ -292,7 +311,7 @@ class _Launch:
         selective_scan_carry_kernel[(blocks * self.directions * layout.states * layout.sequences,)](
             state,
             total,
-            self.operands.A,
+            self.rates,
             layout.channels,
             self.chunks,
             blocks,
@@ -330,6 +349,7 @@ class _Launch:
                 self.chunk,
                 self.chunks,
                 self.blocks,
+                self.turns,
                 first,
                 count,
                 *self.strides,
@@ -430,18 +450,12 @@ def scan_backward(
         grad_skip = u.new_empty(
             (rows, directions, channels) if skip is not None else 0, dtype=dtype
         )
-        # What several states have between their turns: at every group, their gradients, their sums.
-        turns = (saved // INTERVAL + 2) * states * launch.lanes if states > 1 else 0
         for first, count in launches:
-            grid = launch.grid(count)
-            selective_scan_bwd_kernel[grid](
+            selective_scan_bwd_kernel[launch.grid(count)](
                 u,
-                *launch.inputs[:2],
-                operands.proj,
-                *launch.inputs[2:],
+                *launch.inputs,
                 launch.absent if skip is None else skip,
                 carries,
-                u.new_empty(grid[0] * turns, dtype=dtype),
                 grad_y,
                 entering,
                 grad_u,
@@ -454,9 +468,9 @@ def scan_backward(
                 launch.chunk,
                 launch.chunks,
                 launch.blocks,
+                launch.turns,
                 first,
                 count,
-                states,
                 *launch.strides,
                 layout.stride_y_k,
                 HAS_SKIP=skip is not None,

@@ -29,9 +29,11 @@ _SIZES = (
     "chunk",
     "chunks",
     "blocks",
+    "turns",
     "first",
     "wave",
-    "states",
+    "stride_y_k",
+    "stride_delta_k",
 )
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -128,12 +130,12 @@ def _path(
     REVERSE: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Where step t of a path is, and how it goes on.
+    """Where step t of a path is, and how the path goes on.
 
     Returns the first position of the sequence; from there the position of step t; its number within
-    its run, the straight part of a path; the positions of a run; the distance from a position to
-    the next; and what is added to it at the end of a run. Of a listed path positions are steps, and
-    the last is the list, which :func:`_at` reads.
+    its run, the straight part of a path; and what :func:`_at` takes: the positions of a run, the
+    distance from a position to the next, and what is added to it at the end of a run. Of a listed
+    path positions are steps, and the last is the list, which :func:`_at` reads.
     """
     column = ((COLUMN >> k) & 1) == 1
     base = (s // lines).to(tl.int64) * height * width + (s % lines) * tl.where(column, 1, width)
@@ -147,12 +149,13 @@ def _path(
         hop = list_ptr + k.to(tl.int64) * (length + 1) + 1
     else:
         hop = sign * (1 - run * step)
-    return base, position, t % run, run, sign * step, hop
+    return base, position, t % run, (run, sign * step, hop)
 
 
 @triton.jit
-def _at(position, within, j, run, step, hop, SHORT: tl.constexpr):
+def _at(position, within, j, path, SHORT: tl.constexpr):
     """The position ``j`` steps on; less than two runs away, unless SHORT."""
+    run, step, hop = path
     if hop.dtype.is_ptr():
         return tl.load(hop + position + j)
     elif SHORT:
@@ -162,39 +165,63 @@ def _at(position, within, j, run, step, hop, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _ahead(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
-    """The position a group further on, and its number within its run."""
-    ahead = within + GROUP
-    if hop.dtype.is_ptr():
-        return position + GROUP, ahead
+def _runs(within, run, SHORT: tl.constexpr):
+    """Runs from that of a position to that which number ``within`` is in, two at most if not SHORT.
+
+    Backwards they are negative, as the number is.
+    """
+    if SHORT:
+        return tl.where(within < 0, -((run - 1 - within) // run), within // run)
     else:
-        if SHORT:
-            runs = ahead // run
-        else:
-            runs = (ahead >= run).to(tl.int32) + (ahead >= 2 * run).to(tl.int32)
-        return position + GROUP * step + runs * hop, ahead - runs * run
+        ahead = (within >= run).to(tl.int32) + (within >= 2 * run).to(tl.int32)
+        return ahead - (within < 0).to(tl.int32) - (within + run < 0).to(tl.int32)
 
 
 @triton.jit
-def _back(position, within, run, step, hop, GROUP: tl.constexpr, SHORT: tl.constexpr):
-    """The position a group before, and its number within its run."""
-    back = within - GROUP
+def _next_group(cursor, path, BACKWARDS: tl.constexpr, GROUP: tl.constexpr, SHORT: tl.constexpr):
+    """The group after this: its position, number within its run, last number, what remains.
+
+    After the last group comes the last group again, so that loads stay in the map.
+    """
+    position, within, last, remaining = cursor
+    run, step, hop = path
+    ahead = -GROUP if BACKWARDS else GROUP
+    new_within = within + ahead
     if hop.dtype.is_ptr():
-        return position - GROUP, back
+        new_position = position + ahead
     else:
-        if SHORT:
-            runs = (run - 1 - back) // run
-        else:
-            runs = (back < 0).to(tl.int32) + (back + run < 0).to(tl.int32)
-        return position - GROUP * step - runs * hop, back + runs * run
+        runs = _runs(new_within, run, SHORT)
+        new_within -= runs * run
+        new_position = position + ahead * step + runs * hop
+    new_last = GROUP - 1 if BACKWARDS else tl.minimum(remaining - GROUP, GROUP) - 1
+    more = remaining > GROUP
+    return (
+        tl.where(more, new_position, position),
+        tl.where(more, new_within, within),
+        tl.where(more, new_last, last),
+        tl.where(more, remaining - GROUP, remaining),
+    )
 
 
 @triton.jit
-def _read(ptr, inside, FULL: tl.constexpr):
-    if FULL:
-        return tl.load(ptr)
-    else:
-        return tl.load(ptr, mask=inside, other=0.0)
+def _no_group():
+    """What stands for the group before the first."""
+    return tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32), tl.cast(0, tl.int32)
+
+
+@triton.jit
+def _nothing(ptr, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """What stands for COUNT loads before the first."""
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (tl.zeros((LANES,), ptr.dtype.element_ty),)
+    return values
+
+
+@triton.jit
+def _pick(lanes, i: tl.constexpr, LANES: tl.constexpr):
+    """What lane i has, in all lanes."""
+    return tl.gather(lanes, tl.full((LANES,), i, tl.int32), 0)
 
 
 @triton.jit
@@ -206,57 +233,105 @@ def _write(ptr, value, mask, inside, FULL: tl.constexpr):
 
 
 @triton.jit
-def _pick(lanes, i: tl.constexpr, LANES: tl.constexpr):
-    """What lane i has, in all lanes."""
-    return tl.gather(lanes, tl.full((LANES,), i, tl.int32), 0)
-
-
-@triton.jit
-def _group_offsets(
-    position,
-    within,
-    last,
-    run,
-    step,
-    hop,
-    stride,
-    LANES: tl.constexpr,
-    SHORT: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Where a group's positions are in a map, a position a lane; those behind ``last`` are it."""
-    j = tl.minimum(tl.arange(0, LANES), last)
-    return _at(position, within, j, run, step, hop, SHORT).to(INDEX) * stride
+def _turned(values, new, COUNT: tl.constexpr, FIRST: tl.constexpr):
+    """The values behind the FIRST ones, then the first of ``new``: every turn finds its own."""
+    turned = ()
+    for i in tl.static_range(FIRST, COUNT):
+        turned = turned + (values[i],)
+    for i in tl.static_range(FIRST):
+        turned = turned + (new[i],)
+    return turned
 
 
 @triton.jit
 def _load_rows(
     row_ptr,
-    position,
-    within,
-    last,
-    run,
-    step,
-    hop,
-    STRIDE: tl.constexpr,
+    cursor,
+    path,
+    ROW: tl.constexpr,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
     SHORT: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """The rows of proj at a group's positions, one after another, a word a lane."""
+    """The first words of the rows of proj at a group's positions, row after row, a word a lane."""
+    position, within, last, _ = cursor
     rows = ()
     for i in tl.static_range((GROUP * WORDS + LANES - 1) // LANES):
         word = i * LANES + tl.arange(0, LANES)
-        at = _at(position, within, tl.minimum(last, word // WORDS), run, step, hop, SHORT)
-        rows = rows + (tl.load(row_ptr + at.to(INDEX) * STRIDE + word % WORDS),)
+        at = _at(position, within, tl.minimum(last, word // WORDS), path, SHORT)
+        rows = rows + (tl.load(row_ptr + at.to(INDEX) * ROW + word % WORDS),)
     return rows
 
 
 @triton.jit
+def _load_words(
+    row_ptr,
+    cursor,
+    path,
+    ROW: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    TURN: tl.constexpr,
+    PACK: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """A group's words of the low rank, and of B and C: for every turn B, C of its states.
+
+    One state's B and C are in the same words as the low rank.
+    """
+    if N == 1:
+        rows = _load_rows(row_ptr, cursor, path, ROW, (R + 2) // PACK, GROUP, LANES, SHORT, INDEX)
+        return rows, rows
+    else:
+        HALF: tl.constexpr = TURN // PACK
+        position, within, last, _ = cursor
+        factors = ()
+        for turn in tl.static_range(N // TURN):
+            for i in tl.static_range((GROUP * 2 * HALF + LANES - 1) // LANES):
+                word = i * LANES + tl.arange(0, LANES)
+                at = _at(position, within, tl.minimum(last, word // (2 * HALF)), path, SHORT)
+                column = turn * HALF + word % HALF + word // HALF % 2 * (N // PACK) + R // PACK
+                factors = factors + (tl.load(row_ptr + at.to(INDEX) * ROW + column),)
+        if R == 0:
+            return factors, factors
+        else:
+            rows = _load_rows(row_ptr, cursor, path, ROW, R // PACK, GROUP, LANES, SHORT, INDEX)
+            return rows, factors
+
+
+@triton.jit
+def _no_words(
+    row_ptr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    TURN: tl.constexpr,
+    PACK: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What stands for :func:`_load_words` before the first group."""
+    WORDS: tl.constexpr = (R + 2 if N == 1 else R) // PACK
+    TURNS: tl.constexpr = N // TURN
+    rows = _nothing(row_ptr, (GROUP * WORDS + LANES - 1) // LANES, LANES)
+    if N == 1:
+        return rows, rows
+    else:
+        COUNT: tl.constexpr = (GROUP * 2 * TURN // PACK + LANES - 1) // LANES
+        factors = _nothing(row_ptr, TURNS * COUNT, LANES)
+        if R == 0:
+            return factors, factors
+        else:
+            return rows, factors
+
+
+@triton.jit
 def _element(
-    rows,
+    words,
     j: tl.constexpr,
     i: tl.constexpr,
     WORDS: tl.constexpr,
@@ -265,9 +340,9 @@ def _element(
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Column i of a group's row j, in all lanes."""
+    """Number i of a group's position j, in all lanes; a position has WORDS words."""
     WORD: tl.constexpr = j * WORDS + i // PACK
-    word = _pick(rows[WORD // LANES], WORD % LANES, LANES)
+    word = _pick(words[WORD // LANES], WORD % LANES, LANES)
     if PACK == 1:
         return word.to(ACC)
     elif tl.bfloat16 == TYPE:
@@ -276,6 +351,14 @@ def _element(
     else:
         half = word if i % 2 == 0 else word >> 16
         return half.to(tl.int16).to(TYPE, bitcast=True).to(ACC)
+
+
+@triton.jit
+def _offsets(cursor, path, stride, LANES: tl.constexpr, SHORT: tl.constexpr, INDEX: tl.constexpr):
+    """Where a group's positions are in a map, a position a lane; those behind the last are it."""
+    position, within, last, _ = cursor
+    j = tl.minimum(tl.arange(0, LANES), last)
+    return _at(position, within, j, path, SHORT).to(INDEX) * stride
 
 
 @triton.jit
@@ -298,7 +381,26 @@ def _load_maps(
         for j in tl.static_range(GROUP):
             for g in tl.static_range(BLOCKS):
                 ptr = pointers[i] + places[j] + g * LANES
-                values = values + (_read(ptr, inside[g], FULL),)
+                if FULL:
+                    value = tl.load(ptr)
+                else:
+                    value = tl.load(ptr, mask=inside[g], other=0.0)
+                values = values + (value,)
+    return values
+
+
+@triton.jit
+def _no_maps(
+    pointers,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What stands for :func:`_load_maps` before the first group."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        values = values + _nothing(pointers[i], GROUP * BLOCKS, LANES)
     return values
 
 
@@ -306,76 +408,42 @@ def _load_maps(
 def _load_group(
     row_ptr,
     pointers,
-    position,
-    within,
-    last,
-    run,
-    step,
-    hop,
+    cursor,
+    path,
     stride,
     inside,
     ROW: tl.constexpr,
-    WORDS: tl.constexpr,
     MAPS: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    TURN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
     FULL: tl.constexpr,
     SHORT: tl.constexpr,
+    PACK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """What a group needs: its rows of proj, its offsets in maps, and the maps there."""
-    rows = _load_rows(
-        row_ptr, position, within, last, run, step, hop, ROW, WORDS, GROUP, LANES, SHORT, INDEX
+    """What a group needs, and the next one: its words, offsets in maps, the maps, last number."""
+    rows, factors = _load_words(
+        row_ptr, cursor, path, ROW, N, R, TURN, PACK, GROUP, LANES, SHORT, INDEX
     )
-    offsets = _group_offsets(position, within, last, run, step, hop, stride, LANES, SHORT, INDEX)
+    offsets = _offsets(cursor, path, stride, LANES, SHORT, INDEX)
     maps = _load_maps(pointers, offsets, inside, MAPS, GROUP, BLOCKS, LANES, FULL)
-    return rows, offsets, maps
-
-
-@triton.jit
-def _next_group(
-    position,
-    within,
-    last,
-    remaining,
-    run,
-    step,
-    hop,
-    BACKWARDS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHORT: tl.constexpr,
-):
-    """Position, number within its run, last number and remaining positions of the group after this.
-
-    After the last group comes the last group again, so that loads stay in the map.
-    """
-    more = remaining > GROUP
-    if BACKWARDS:
-        new_position, new_within = _back(position, within, run, step, hop, GROUP, SHORT)
-        new_last = GROUP - 1
-    else:
-        new_position, new_within = _ahead(position, within, run, step, hop, GROUP, SHORT)
-        new_last = tl.minimum(remaining - GROUP, GROUP) - 1
-    return (
-        tl.where(more, new_position, position),
-        tl.where(more, new_within, within),
-        tl.where(more, new_last, last),
-        tl.where(more, remaining - GROUP, remaining),
-    )
+    group = (rows, factors, offsets, maps, cursor[2])
+    return group, _next_group(cursor, path, BACKWARDS, GROUP, SHORT)
 
 
 @triton.jit
 def _parameters(
     weight_ptr,
     bias_ptr,
-    a_ptr,
     skip_ptr,
     k,
     d,
     channels,
-    N: tl.constexpr,
-    RATES: tl.constexpr,
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SKIP: tl.constexpr,
@@ -384,14 +452,13 @@ def _parameters(
     LANES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """What channels have of their own, block after block: inside, weights, bias, rates, skip.
+    """What channels have of their own: inside, weights, bias and skip, block after block.
 
-    Of the rates the first RATES. Weights and bias are multiplied by SCALE.
+    Weights and bias are multiplied by SCALE.
     """
     all_inside = ()
     weights = ()
     biases = ()
-    rates = ()
     skips = ()
     for g in tl.static_range(BLOCKS):
         c = d + g * LANES
@@ -401,9 +468,6 @@ def _parameters(
         for r in tl.static_range(R):
             w = tl.load(weight_ptr + row * R + r, mask=inside, other=0.0)
             weights = weights + (w.to(ACC) * SCALE,)
-        for n in tl.static_range(RATES):
-            a = tl.load(a_ptr + row * N + n, mask=inside, other=0.0)
-            rates = rates + (a.to(ACC),)
         bias = tl.zeros((LANES,), ACC)
         if HAS_BIAS:
             bias = tl.load(bias_ptr + row, mask=inside, other=0.0).to(ACC) * SCALE
@@ -412,7 +476,77 @@ def _parameters(
         if HAS_SKIP:
             skip = tl.load(skip_ptr + row, mask=inside, other=0.0).to(ACC)
         skips = skips + (skip,)
-    return all_inside, weights, biases, rates, skips
+    return all_inside, weights, biases, skips
+
+
+@triton.jit
+def _load_states(
+    ptr,
+    channels,
+    inside,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    states = ()
+    for n in tl.static_range(N):
+        for g in tl.static_range(BLOCKS):
+            state = tl.load(ptr + n * channels + g * LANES, mask=inside[g], other=0.0)
+            states = states + (state.to(ACC),)
+    return states
+
+
+@triton.jit
+def _load_saved(
+    ptr,
+    index,
+    channels,
+    inside,
+    N: tl.constexpr,
+    RATIO: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The states that were saved before group ``index`` or the one before it; first if none is."""
+    row = tl.maximum(index, 0) // RATIO
+    ptr += row.to(tl.int64) * (N * channels)
+    return _load_states(ptr, channels, inside, N, BLOCKS, LANES, ACC)
+
+
+@triton.jit
+def _load_rates(
+    ptr,
+    channels,
+    inside,
+    TURN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A turn's log2(e) A, state after state."""
+    rates = ()
+    for n in tl.static_range(TURN):
+        for g in tl.static_range(BLOCKS):
+            rate = tl.load(ptr + n * channels + g * LANES, mask=inside[g], other=0.0)
+            rates = rates + (rate.to(ACC) * _LOG2E,)
+    return rates
+
+
+@triton.jit
+def _store_states(
+    ptr,
+    states,
+    channels,
+    inside,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    for n in tl.static_range(N):
+        for g in tl.static_range(BLOCKS):
+            tl.store(ptr + n * channels + g * LANES, states[n * BLOCKS + g], mask=inside[g])
 
 
 @triton.jit
@@ -455,6 +589,198 @@ def _step_sizes(
     return steps, slopes
 
 
+@triton.jit
+def _advance(
+    states,
+    rates,
+    factors,
+    steps,
+    drives,
+    outputs,
+    j: tl.constexpr,
+    FIRST: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+    PACK: tl.constexpr,
+    LANES: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A turn's states after a group's position j, and ``outputs`` with their share (OUTPUT).
+
+    Forwards, the recurrence is h = a h + dt B u. Backwards it is that of the gradient that leaves a
+    position for the one before it: s = a (s + C dy). The drives are dt u and dy.
+    """
+    new_states = ()
+    for m in tl.static_range(TURN):
+        factor = _element(factors, j, FIRST + m + BACKWARDS * TURN, WORDS, PACK, LANES, TYPE, ACC)
+        new_outputs = ()
+        for g in tl.static_range(BLOCKS):
+            decay = tl.exp2(steps[g] * rates[m * BLOCKS + g])
+            state = states[m * BLOCKS + g]
+            if BACKWARDS:
+                state = decay * (state + drives[g] * factor)
+            else:
+                state = decay * state + drives[g] * factor
+            new_states = new_states + (state,)
+            if OUTPUT:
+                of_c = _element(factors, j, FIRST + TURN + m, WORDS, PACK, LANES, TYPE, ACC)
+                new_outputs = new_outputs + (outputs[g] + state * of_c,)
+        if OUTPUT:
+            outputs = new_outputs
+    return new_states, outputs
+
+
+@triton.jit
+def _walk_group(
+    states,
+    totals,
+    rates,
+    rate_ptr,
+    group,
+    inside,
+    weights,
+    biases,
+    skips,
+    channels,
+    turns,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    TURN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The states after a group, the sums of step sizes, and the outputs (OUTPUT) or nothing.
+
+    Many states take turns, TURN at a time, so that the code of one turn serves all. The rates are
+    those of the first turn; later ones read theirs, since registers are scarce.
+    """
+    SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
+    TURNS: tl.constexpr = N // TURN
+    WORDS: tl.constexpr = (R + 2 if N == 1 else R) // PACK
+    FACTOR_WORDS: tl.constexpr = WORDS if N == 1 else 2 * TURN // PACK
+    FACTORS: tl.constexpr = (GROUP * FACTOR_WORDS + LANES - 1) // LANES
+    FIRST: tl.constexpr = R if N == 1 else 0
+    SUMS: tl.constexpr = GROUP * BLOCKS * (2 if R == 0 else 1)
+    START: tl.constexpr = GROUP - 1 if BACKWARDS else 0
+    STOP: tl.constexpr = -1 if BACKWARDS else GROUP
+    STEP: tl.constexpr = -1 if BACKWARDS else 1
+    rows, factors, _places, maps, last = group
+    lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
+    steps = ()
+    drives = ()
+    outputs = ()
+    for j in tl.static_range(START, STOP, STEP):
+        dts, _slopes = _step_sizes(
+            rows,
+            maps,
+            weights,
+            biases,
+            j,
+            GROUP * BLOCKS,
+            R,
+            SOFTPLUS,
+            SCALE,
+            BLOCKS,
+            WORDS,
+            PACK,
+            LANES,
+            TYPE,
+            ACC,
+            FAST,
+        )
+        here = ()
+        inputs = ()
+        ys = ()
+        new_totals = ()
+        for g in tl.static_range(BLOCKS):
+            dt = dts[g]
+            u = maps[j * BLOCKS + g].to(ACC)
+            if OUTPUT:
+                y = skips[g] * u
+                if ACCUMULATE:
+                    y += maps[SUMS + j * BLOCKS + g].to(ACC)
+                ys = ys + (y,)
+            else:
+                dt = tl.where(lane_last >= j, dt, 0.0)
+                new_totals = new_totals + (totals[g] + dt,)
+            here = here + (dt,)
+            if BACKWARDS:
+                inputs = inputs + (tl.where(lane_last >= j, u, 0.0),)
+            else:
+                inputs = inputs + (dt * u,)
+        if not OUTPUT:
+            totals = new_totals
+        if TURNS == 1:
+            states, ys = _advance(
+                states,
+                rates,
+                factors,
+                here,
+                inputs,
+                ys,
+                j,
+                FIRST,
+                BACKWARDS,
+                OUTPUT,
+                TURN,
+                BLOCKS,
+                FACTOR_WORDS,
+                PACK,
+                LANES,
+                TYPE,
+                ACC,
+            )
+        else:
+            steps = steps + (here,)
+            drives = drives + (inputs,)
+        outputs = outputs + (ys,)
+    if TURNS > 1:
+        for turn in range(turns):
+            own_rates = _load_rates(
+                rate_ptr + turn * TURN * channels, channels, inside, TURN, BLOCKS, LANES, ACC
+            )
+            own = states
+            new_outputs = ()
+            for i in tl.static_range(GROUP):
+                own, ys = _advance(
+                    own,
+                    own_rates,
+                    factors,
+                    steps[i],
+                    drives[i],
+                    outputs[i],
+                    START + i * STEP,
+                    FIRST,
+                    BACKWARDS,
+                    OUTPUT,
+                    TURN,
+                    BLOCKS,
+                    FACTOR_WORDS,
+                    PACK,
+                    LANES,
+                    TYPE,
+                    ACC,
+                )
+                new_outputs = new_outputs + (ys,)
+            outputs = new_outputs
+            states = _turned(states, own, N * BLOCKS, TURN * BLOCKS)
+            factors = _turned(factors, factors, TURNS * FACTORS, FACTORS)
+    return states, totals, outputs
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def selective_scan_state_kernel(
     u_ptr,
@@ -474,6 +800,7 @@ def selective_scan_state_kernel(
     chunk,
     chunks,
     blocks,
+    turns,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -488,6 +815,7 @@ def selective_scan_state_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     BACKWARDS: tl.constexpr,
+    TURN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
@@ -500,37 +828,28 @@ def selective_scan_state_kernel(
 ):
     """Sum of the step sizes and end state of every chunk that starts from zero.
 
-    Forwards, the recurrence is h = a h + dt B u. Backwards, ``u_ptr`` is the gradient of the output
-    and the recurrence is that of the gradient that leaves a position for the one before it:
-    s = a (s + C dy).
+    Backwards, ``u_ptr`` is the gradient of the output, and the state that which leaves the chunk at
+    its start.
     """
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
-    WORDS: tl.constexpr = (R + 2 * N) // PACK
-    FACTOR: tl.constexpr = R + (N if BACKWARDS else 0)
-    FIRST: tl.constexpr = GROUP - 1 if BACKWARDS else 0
-    STOP: tl.constexpr = -1 if BACKWARDS else GROUP
-    STEP: tl.constexpr = -1 if BACKWARDS else 1
     MAPS: tl.constexpr = 2 if R == 0 else 1
     block, k, c, s = _program(blocks, K, 0, chunks)
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     if BACKWARDS:
         t0 += final * GROUP
-    base, position, within, run, step, hop = _path(
+    base, position, within, path = _path(
         s, k, t0, height, width, lines, length, list_ptr, COLUMN, REVERSE, LISTED
     )
     d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
-    inside, weights, biases, rates, _ = _parameters(
+    inside, weights, biases, skips = _parameters(
         weight_ptr,
         bias_ptr,
-        a_ptr,
-        a_ptr,
+        weight_ptr,
         k,
         d,
         channels,
-        N,
-        N,
         R,
         HAS_BIAS,
         False,
@@ -543,137 +862,116 @@ def selective_scan_state_kernel(
     states = ()
     for _ in tl.static_range(BLOCKS):
         totals = totals + (tl.zeros((LANES,), ACC),)
-    for _ in tl.static_range(BLOCKS * N):
+    for _ in tl.static_range(N * BLOCKS):
         states = states + (tl.zeros((LANES,), ACC),)
     bases = (u_ptr + base * stride + k.to(tl.int64) * stride_u_k + d,)
     if R == 0:
         bases = bases + (delta_ptr + base * stride + k.to(tl.int64) * stride_delta_k + d,)
     row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
+    rate_base = a_ptr + k * N * channels + d
+    rates = _load_rates(rate_base, channels, inside, TURN, BLOCKS, LANES, ACC)
 
-    last = tl.minimum(count - final * GROUP if BACKWARDS else count, GROUP) - 1
-    rows, _offsets, maps = _load_group(
+    if BACKWARDS:
+        last = count - final * GROUP - 1
+        cursor = (position, within, last, groups * GROUP)
+    else:
+        cursor = (position, within, tl.minimum(count, GROUP) - 1, count)
+    group, cursor = _load_group(
         row_base,
         bases,
-        position,
-        within,
-        last,
-        run,
-        step,
-        hop,
+        cursor,
+        path,
         stride,
         inside,
         K * WIDTH,
-        WORDS,
         MAPS,
+        N,
+        R,
+        BACKWARDS,
+        TURN,
         GROUP,
         BLOCKS,
         LANES,
         FULL,
         SHORT,
+        PACK,
         INDEX,
     )
-    remaining = groups * GROUP if BACKWARDS else count
-    position, within, next_last, remaining = _next_group(
-        position, within, last, remaining, run, step, hop, BACKWARDS, GROUP, SHORT
-    )
-    next_rows, _offsets, next_maps = _load_group(
+    next_group, cursor = _load_group(
         row_base,
         bases,
-        position,
-        within,
-        next_last,
-        run,
-        step,
-        hop,
+        cursor,
+        path,
         stride,
         inside,
         K * WIDTH,
-        WORDS,
         MAPS,
+        N,
+        R,
+        BACKWARDS,
+        TURN,
         GROUP,
         BLOCKS,
         LANES,
         FULL,
         SHORT,
+        PACK,
         INDEX,
     )
     for _ in range(groups):
-        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
-        for j in tl.static_range(FIRST, STOP, STEP):
-            steps, _slopes = _step_sizes(
-                rows,
-                maps,
-                weights,
-                biases,
-                j,
-                GROUP * BLOCKS,
-                R,
-                SOFTPLUS,
-                SCALE,
-                BLOCKS,
-                WORDS,
-                PACK,
-                LANES,
-                TYPE,
-                ACC,
-                FAST,
-            )
-            factors = ()
-            for n in tl.static_range(N):
-                factors = factors + (_element(rows, j, FACTOR + n, WORDS, PACK, LANES, TYPE, ACC),)
-            exists = lane_last >= j
-            new_totals = ()
-            new_states = ()
-            for g in tl.static_range(BLOCKS):
-                dt = tl.where(exists, steps[g], 0.0)
-                u = maps[j * BLOCKS + g].to(ACC)
-                drive = tl.where(exists, u, 0.0) if BACKWARDS else dt * u
-                new_totals = new_totals + (totals[g] + dt,)
-                for n in tl.static_range(N):
-                    decay = tl.exp2(dt * (rates[g * N + n] * _LOG2E))
-                    state = states[g * N + n]
-                    if BACKWARDS:
-                        state = decay * (state + drive * factors[n])
-                    else:
-                        state = decay * state + drive * factors[n]
-                    new_states = new_states + (state,)
-            totals = new_totals
-            states = new_states
-        rows = next_rows
-        maps = next_maps
-        last = next_last
-        position, within, next_last, remaining = _next_group(
-            position, within, next_last, remaining, run, step, hop, BACKWARDS, GROUP, SHORT
+        states, totals, _outputs = _walk_group(
+            states,
+            totals,
+            rates,
+            rate_base,
+            group,
+            inside,
+            weights,
+            biases,
+            skips,
+            channels,
+            turns,
+            N,
+            R,
+            SOFTPLUS,
+            BACKWARDS,
+            False,
+            False,
+            TURN,
+            GROUP,
+            BLOCKS,
+            LANES,
+            PACK,
+            TYPE,
+            ACC,
+            FAST,
         )
-        next_rows, _offsets, next_maps = _load_group(
+        group = next_group
+        next_group, cursor = _load_group(
             row_base,
             bases,
-            position,
-            within,
-            next_last,
-            run,
-            step,
-            hop,
+            cursor,
+            path,
             stride,
             inside,
             K * WIDTH,
-            WORDS,
             MAPS,
+            N,
+            R,
+            BACKWARDS,
+            TURN,
             GROUP,
             BLOCKS,
             LANES,
             FULL,
             SHORT,
+            PACK,
             INDEX,
         )
     chunk_row = ((s.to(tl.int64) * K + k) * chunks + c) * channels
     for g in tl.static_range(BLOCKS):
-        place = d + g * LANES
-        tl.store(total_ptr + chunk_row + place, totals[g], mask=inside[g])
-        for n in tl.static_range(N):
-            tl.store(
-                end_ptr + chunk_row * N + n * channels + place, states[g * N + n], mask=inside[g]
-            )
+        tl.store(total_ptr + chunk_row + d + g * LANES, totals[g], mask=inside[g])
+    _store_states(end_ptr + chunk_row * N + d, states, channels, inside, N, BLOCKS, LANES)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -695,7 +993,7 @@ def selective_scan_carry_kernel(
     block, k, n, s = _program(blocks, K, 0, N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < channels
-    rate = tl.load(a_ptr + (k * channels + d) * N + n, mask=inside, other=0.0).to(ACC) * _LOG2E
+    rate = tl.load(a_ptr + (k * N + n) * channels + d, mask=inside, other=0.0).to(ACC) * _LOG2E
     first = (s.to(tl.int64) * K + k) * chunks
     state = tl.zeros((BLOCK_D,), ACC)
     for i in range(0, chunks, UNROLL):
@@ -712,22 +1010,6 @@ def selective_scan_carry_kernel(
             mask = inside & (i + j < chunks)
             tl.store(state_ptr + (c * N + n) * channels + d, state, mask=mask)
             state = decays[j] * state + ends[j]
-
-
-@triton.jit
-def _save(
-    ptr,
-    states,
-    channels,
-    inside,
-    N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Store the states, state after state."""
-    for n in tl.static_range(N):
-        for g in tl.static_range(BLOCKS):
-            tl.store(ptr + n * channels + g * LANES, states[n * BLOCKS + g], mask=inside[g])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -751,6 +1033,7 @@ def selective_scan_fwd_kernel(
     chunk,
     chunks,
     blocks,
+    turns,
     first,
     wave,
     stride,
@@ -770,6 +1053,7 @@ def selective_scan_fwd_kernel(
     HAS_SKIP: tl.constexpr,
     SAVED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    TURN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
@@ -787,26 +1071,21 @@ def selective_scan_fwd_kernel(
     """
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
-    WORDS: tl.constexpr = (R + 2 * N) // PACK
-    SUMS: tl.constexpr = GROUP * BLOCKS * (2 if R == 0 else 1)
     MAPS: tl.constexpr = 1 + (R == 0) + ACCUMULATE
     block, k, c, s = _program(blocks, wave, first, chunks)
     t0 = c * chunk
     count, groups, _final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
-    base, position, within, run, step, hop = _path(
+    base, position, within, path = _path(
         s, k, t0, height, width, lines, length, list_ptr, COLUMN, REVERSE, LISTED
     )
     d = block * (BLOCKS * LANES) + tl.arange(0, LANES)
-    inside, weights, biases, rates, skips = _parameters(
+    inside, weights, biases, skips = _parameters(
         weight_ptr,
         bias_ptr,
-        a_ptr,
         skip_ptr,
         k,
         d,
         channels,
-        N,
-        N,
         R,
         HAS_BIAS,
         HAS_SKIP,
@@ -815,13 +1094,13 @@ def selective_scan_fwd_kernel(
         LANES,
         ACC,
     )
-    path = s.to(tl.int64) * K + k
-    states = ()
-    for n in tl.static_range(N):
-        for g in tl.static_range(BLOCKS):
-            row = entering_ptr + ((path * chunks + c) * N + n) * channels + d + g * LANES
-            # Nothing enters the first chunk, which may be all there is.
-            states = states + (tl.load(row, mask=inside[g] & (c > 0), other=0.0).to(ACC),)
+    row = s.to(tl.int64) * K + k
+    # Nothing enters the first chunk, which may be all there is.
+    enters = ()
+    for g in tl.static_range(BLOCKS):
+        enters = enters + (inside[g] & (c > 0),)
+    entering_base = entering_ptr + (row * chunks + c) * (N * channels) + d
+    states = _load_states(entering_base, channels, enters, N, BLOCKS, LANES, ACC)
     y_base = y_ptr + base * stride + (k - first).to(tl.int64) * stride_y_k + d
     bases = (u_ptr + base * stride + k.to(tl.int64) * stride_u_k + d,)
     if R == 0:
@@ -829,138 +1108,115 @@ def selective_scan_fwd_kernel(
     if ACCUMULATE:
         bases = bases + (y_base,)
     row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
+    rate_base = a_ptr + k * N * channels + d
+    rates = _load_rates(rate_base, channels, inside, TURN, BLOCKS, LANES, ACC)
     carries_base = carries_ptr + d
     if SAVED > 0:
-        carries_base += (path * ((length + SAVED - 1) // SAVED) + t0 // SAVED) * (N * channels)
+        carries_base += (row * ((length + SAVED - 1) // SAVED) + t0 // SAVED) * (N * channels)
 
-    last = tl.minimum(count, GROUP) - 1
-    rows, offsets, maps = _load_group(
+    cursor = (position, within, tl.minimum(count, GROUP) - 1, count)
+    group, cursor = _load_group(
         row_base,
         bases,
-        position,
-        within,
-        last,
-        run,
-        step,
-        hop,
+        cursor,
+        path,
         stride,
         inside,
         K * WIDTH,
-        WORDS,
         MAPS,
+        N,
+        R,
+        False,
+        TURN,
         GROUP,
         BLOCKS,
         LANES,
         FULL,
         SHORT,
+        PACK,
         INDEX,
     )
-    remaining = count
-    position, within, next_last, remaining = _next_group(
-        position, within, last, remaining, run, step, hop, False, GROUP, SHORT
-    )
-    next_rows, next_offsets, next_maps = _load_group(
+    next_group, cursor = _load_group(
         row_base,
         bases,
-        position,
-        within,
-        next_last,
-        run,
-        step,
-        hop,
+        cursor,
+        path,
         stride,
         inside,
         K * WIDTH,
-        WORDS,
         MAPS,
+        N,
+        R,
+        False,
+        TURN,
         GROUP,
         BLOCKS,
         LANES,
         FULL,
         SHORT,
+        PACK,
         INDEX,
     )
     for i in range(groups):
         if SAVED == GROUP:
-            _save(carries_base, states, channels, inside, N, BLOCKS, LANES)
+            _store_states(carries_base, states, channels, inside, N, BLOCKS, LANES)
             carries_base += N * channels
         elif SAVED > 0:
             if (i * GROUP) % SAVED == 0:
-                _save(carries_base, states, channels, inside, N, BLOCKS, LANES)
+                _store_states(carries_base, states, channels, inside, N, BLOCKS, LANES)
                 carries_base += N * channels
-        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
-        outputs = ()
-        for j in tl.static_range(GROUP):
-            steps, _slopes = _step_sizes(
-                rows,
-                maps,
-                weights,
-                biases,
-                j,
-                GROUP * BLOCKS,
-                R,
-                SOFTPLUS,
-                SCALE,
-                BLOCKS,
-                WORDS,
-                PACK,
-                LANES,
-                TYPE,
-                ACC,
-                FAST,
-            )
-            drives = ()
-            ys = ()
-            for g in tl.static_range(BLOCKS):
-                u = maps[j * BLOCKS + g].to(ACC)
-                drives = drives + (steps[g] * u,)
-                y = skips[g] * u
-                if ACCUMULATE:
-                    y += maps[SUMS + j * BLOCKS + g].to(ACC)
-                ys = ys + (y,)
-            new_states = ()
-            for n in tl.static_range(N):
-                b = _element(rows, j, R + n, WORDS, PACK, LANES, TYPE, ACC)
-                factor = _element(rows, j, R + N + n, WORDS, PACK, LANES, TYPE, ACC)
-                new_ys = ()
-                for g in tl.static_range(BLOCKS):
-                    decay = tl.exp2(steps[g] * (rates[g * N + n] * _LOG2E))
-                    state = decay * states[n * BLOCKS + g] + drives[g] * b
-                    new_states = new_states + (state,)
-                    new_ys = new_ys + (ys[g] + state * factor,)
-                ys = new_ys
-            states = new_states
-            outputs = outputs + ys
-        for j in tl.static_range(GROUP):
-            for g in tl.static_range(BLOCKS):
-                place = _pick(offsets, j, LANES) + g * LANES
-                _write(y_base + place, outputs[j * BLOCKS + g], lane_last >= j, inside[g], FULL)
-        offsets = next_offsets
-        rows = next_rows
-        maps = next_maps
-        last = next_last
-        position, within, next_last, remaining = _next_group(
-            position, within, next_last, remaining, run, step, hop, False, GROUP, SHORT
+        states, _totals, outputs = _walk_group(
+            states,
+            (),
+            rates,
+            rate_base,
+            group,
+            inside,
+            weights,
+            biases,
+            skips,
+            channels,
+            turns,
+            N,
+            R,
+            SOFTPLUS,
+            False,
+            True,
+            ACCUMULATE,
+            TURN,
+            GROUP,
+            BLOCKS,
+            LANES,
+            PACK,
+            TYPE,
+            ACC,
+            FAST,
         )
-        next_rows, next_offsets, next_maps = _load_group(
+        lane_last = _pick(tl.full((LANES,), group[4], tl.int32), 0, LANES)
+        for j in tl.static_range(GROUP):
+            for g in tl.static_range(BLOCKS):
+                place = y_base + _pick(group[2], j, LANES) + g * LANES
+                _write(place, outputs[j][g], lane_last >= j, inside[g], FULL)
+        group = next_group
+        next_group, cursor = _load_group(
             row_base,
             bases,
-            position,
-            within,
-            next_last,
-            run,
-            step,
-            hop,
+            cursor,
+            path,
             stride,
             inside,
             K * WIDTH,
-            WORDS,
             MAPS,
+            N,
+            R,
+            False,
+            TURN,
             GROUP,
             BLOCKS,
             LANES,
             FULL,
             SHORT,
+            PACK,
             INDEX,
         )
 
@@ -980,196 +1236,16 @@ def _halve(values, COUNT: tl.constexpr, BIT: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _sums_over_lanes(values, LANES: tl.constexpr):
-    """Sums of 16 values over the lanes: lane i has that of value i % 16.
+def _fold(values, COUNT: tl.constexpr, BIT: tl.constexpr, LANES: tl.constexpr):
+    """Sums of COUNT values over the lanes that differ from BIT on in the bits that count them.
 
-    In a fixed order, with one exchange a value where sums one by one take log2(LANES).
+    Lane i has that of value i // BIT % COUNT. In a fixed order, with one exchange a value where
+    sums one by one take log2(LANES).
     """
-    values = _halve(values, 16, 1, LANES)
-    values = _halve(values, 8, 2, LANES)
-    values = _halve(values, 4, 4, LANES)
-    total = _halve(values, 2, 8, LANES)[0]
-    lanes = tl.arange(0, LANES)
-    total += tl.gather(total, lanes ^ 16, 0)
-    if LANES == 64:
-        total += tl.gather(total, lanes ^ 32, 0)
-    return total
-
-
-@triton.jit
-def _load_state(carries_ptr, index, channels, inside):
-    """The one state that was saved before group ``index``, or before the first group."""
-    row = carries_ptr + tl.maximum(index, 0).to(tl.int64) * channels
-    return tl.load(row, mask=inside, other=0.0)
-
-
-@triton.jit
-def _load_factors(
-    row_ptr,
-    position,
-    within,
-    last,
-    n,
-    run,
-    step,
-    hop,
-    ROW: tl.constexpr,
-    N: tl.constexpr,
-    LANES: tl.constexpr,
-    SHORT: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """B and C of state n at a group's positions: B of position j in lane 2j, C in the next."""
-    lanes = tl.arange(0, LANES)
-    at = _at(position, within, tl.minimum(last, lanes // 2), run, step, hop, SHORT)
-    return tl.load(row_ptr + at.to(INDEX) * ROW + (lanes & 1) * N + n)
-
-
-@triton.jit
-def _find_states(
-    carries_ptr,
-    scratch_ptr,
-    row_ptr,
-    factor_ptr,
-    a_ptr,
-    pointers,
-    states,
-    groups,
-    position,
-    within,
-    run,
-    step,
-    hop,
-    stride,
-    channels,
-    inside,
-    weights,
-    biases,
-    N: tl.constexpr,
-    R: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    SCALE: tl.constexpr,
-    ROW: tl.constexpr,
-    WORDS: tl.constexpr,
-    MAPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    LANES: tl.constexpr,
-    FULL: tl.constexpr,
-    SHORT: tl.constexpr,
-    PACK: tl.constexpr,
-    TYPE: tl.constexpr,
-    ACC: tl.constexpr,
-    INDEX: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Store the states that enter ``groups`` groups and one more, from those of ``carries_ptr``."""
-    AHEAD: tl.constexpr = 4
-    entered = ()
-    for m in tl.static_range(N):
-        entered = entered + (tl.load(carries_ptr + m * channels, mask=inside[0], other=0.0),)
-    for m in tl.static_range(N):
-        tl.store(scratch_ptr + m * LANES, entered[m])
-    for i in range(groups):
-        rows, _offsets, maps = _load_group(
-            row_ptr,
-            pointers,
-            position,
-            within,
-            GROUP - 1,
-            run,
-            step,
-            hop,
-            stride,
-            inside,
-            ROW,
-            WORDS,
-            MAPS,
-            GROUP,
-            1,
-            LANES,
-            FULL,
-            SHORT,
-            INDEX,
-        )
-        steps = ()
-        drives = ()
-        for j in tl.static_range(GROUP):
-            dts, _slopes = _step_sizes(
-                rows,
-                maps,
-                weights,
-                biases,
-                j,
-                GROUP,
-                R,
-                SOFTPLUS,
-                SCALE,
-                1,
-                WORDS,
-                PACK,
-                LANES,
-                TYPE,
-                ACC,
-                FAST,
-            )
-            steps = steps + (dts[0] * _LOG2E,)
-            drives = drives + (dts[0] * maps[j].to(ACC),)
-        # What a state needs is asked for AHEAD states before: one takes less time than memory.
-        here = scratch_ptr + i * (N * LANES)
-        queue = ()
-        rates = ()
-        factors = ()
-        for m in tl.static_range(AHEAD):
-            following = tl.minimum(m, N - 1)
-            queue = queue + (tl.load(here + following * LANES),)
-            rates = rates + (tl.load(a_ptr + following, mask=inside[0], other=0.0),)
-            factors = factors + (
-                _load_factors(
-                    factor_ptr,
-                    position,
-                    within,
-                    GROUP - 1,
-                    following,
-                    run,
-                    step,
-                    hop,
-                    ROW * PACK,
-                    N,
-                    LANES,
-                    SHORT,
-                    INDEX,
-                ),
-            )
-        # Not range(N), which a compiler would unroll.
-        for n in range(states):
-            ahead = tl.minimum(n + AHEAD, N - 1)
-            next_state = tl.load(here + ahead * LANES)
-            next_rate = tl.load(a_ptr + ahead, mask=inside[0], other=0.0)
-            next_factors = _load_factors(
-                factor_ptr,
-                position,
-                within,
-                GROUP - 1,
-                ahead,
-                run,
-                step,
-                hop,
-                ROW * PACK,
-                N,
-                LANES,
-                SHORT,
-                INDEX,
-            )
-            state = queue[0]
-            rate = rates[0].to(ACC)
-            for j in tl.static_range(GROUP):
-                b = _pick(factors[0], 2 * j, LANES).to(ACC)
-                state = tl.exp2(steps[j] * rate) * state + drives[j] * b
-            tl.store(here + (N + n) * LANES, state)
-            queue = (queue[1], queue[2], queue[3], next_state)
-            rates = (rates[1], rates[2], rates[3], next_rate)
-            factors = (factors[1], factors[2], factors[3], next_factors)
-        position, within = _ahead(position, within, run, step, hop, GROUP, SHORT)
+    if COUNT == 1:
+        return values[0]
+    else:
+        return _fold(_halve(values, COUNT, BIT, LANES), COUNT // 2, 2 * BIT, LANES)
 
 
 @triton.jit
@@ -1178,43 +1254,186 @@ def _adjoint(
     incoming,
     rate_sum,
     rate,
-    bs,
-    cs,
+    factors,
     steps,
     drives,
     grads,
     through_drive,
     through_rate,
+    B: tl.constexpr,
+    C: tl.constexpr,
     GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    PACK: tl.constexpr,
     LANES: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Adjoint of one state over a group.
+    """Adjoint of one state over a group; B and C are its columns of the factors.
 
     Returns the gradient that leaves the group at its start, the sum for the gradient of A, the sums
-    over channels that are those of B and C, and ``through_drive`` and ``through_rate`` with this
-    state's share: B g, and the gradient of the step sizes through the decays.
+    over channels that are those of B and C, which some lanes have yet to add (:func:`_fold`), and
+    ``through_drive`` and ``through_rate`` with this state's share: B g, and log2(e) times the
+    gradient of the step sizes through the decays.
     """
     entered = ()
     decays = ()
     of_c = ()
     for j in tl.static_range(GROUP):
-        decay = tl.exp2(steps[j] * (rate * _LOG2E))
+        decay = tl.exp2(steps[j] * rate)
         entered = entered + (state,)
         decays = decays + (decay,)
-        state = decay * state + drives[j] * bs[j]
+        b = _element(factors, j, B, WORDS, PACK, LANES, TYPE, ACC)
+        state = decay * state + drives[j] * b
         of_c = of_c + (grads[j] * state,)
     sums = ()
     drive_shares = ()
     rate_shares = ()
     for j in tl.static_range(GROUP - 1, -1, -1):
-        adjoint = cs[j] * grads[j] + incoming
+        b = _element(factors, j, B, WORDS, PACK, LANES, TYPE, ACC)
+        c = _element(factors, j, C, WORDS, PACK, LANES, TYPE, ACC)
+        adjoint = c * grads[j] + incoming
         incoming = decays[j] * adjoint
         through = incoming * entered[j]
         rate_sum += steps[j] * through
-        drive_shares = (through_drive[j] + bs[j] * adjoint,) + drive_shares
+        drive_shares = (through_drive[j] + b * adjoint,) + drive_shares
         rate_shares = (through_rate[j] + rate * through,) + rate_shares
         sums = (adjoint * drives[j], of_c[j]) + sums
-    return incoming, rate_sum, _sums_over_lanes(sums, LANES), drive_shares, rate_shares
+    return incoming, rate_sum, _fold(sums, 2 * GROUP, 1, LANES), drive_shares, rate_shares
+
+
+@triton.jit
+def _adjoint_turn(
+    entered,
+    incoming,
+    grad_a,
+    rates,
+    factors,
+    steps,
+    drives,
+    grads,
+    through_drive,
+    through_rate,
+    grad_proj_ptr,
+    cursor,
+    path,
+    n,
+    ROW: tl.constexpr,
+    FIRST: tl.constexpr,
+    TURN: tl.constexpr,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    PACK: tl.constexpr,
+    LANES: tl.constexpr,
+    SHORT: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Adjoint of the states n to n + TURN - 1, whose shares of the gradients of B and C it stores.
+
+    Returns the first four of :func:`_adjoint` but for those sums, the first two state by state.
+    """
+    # A state has SUMS sums, SHARED states share the lanes.
+    SUMS: tl.constexpr = 2 * GROUP
+    SHARED: tl.constexpr = 32 // SUMS if TURN * SUMS > 32 else TURN
+    position, within, last, _remaining = cursor
+    lanes = tl.arange(0, LANES)
+    j = lanes % SUMS // 2
+    ptr = grad_proj_ptr + _at(position, within, tl.minimum(last, j), path, SHORT).to(INDEX) * ROW
+    mask = (j <= last) & (lanes < SUMS * SHARED)
+    new_incoming = ()
+    new_grad_a = ()
+    shared = ()
+    for m in tl.static_range(TURN):
+        left, rate_sum, total, through_drive, through_rate = _adjoint(
+            entered[m],
+            incoming[m],
+            grad_a[m],
+            rates[m],
+            factors,
+            steps,
+            drives,
+            grads,
+            through_drive,
+            through_rate,
+            FIRST + m,
+            FIRST + TURN + m,
+            GROUP,
+            WORDS,
+            PACK,
+            LANES,
+            TYPE,
+            ACC,
+        )
+        new_incoming = new_incoming + (left,)
+        new_grad_a = new_grad_a + (rate_sum,)
+        shared = shared + (total,)
+        if m % SHARED == SHARED - 1:
+            total = _fold(shared, SHARED, SUMS, LANES)
+            shared = ()
+            if SUMS * SHARED < 32:
+                total += tl.gather(total, lanes ^ 16, 0)
+            if LANES == 64:
+                total += tl.gather(total, lanes ^ 32, 0)
+            tl.store(ptr + n + (m - (SHARED - 1)) + lanes // SUMS, total, mask=mask)
+    return new_incoming, new_grad_a, through_drive, through_rate
+
+
+@triton.jit
+def _find_states(
+    states,
+    rates,
+    rate_ptr,
+    rows,
+    factors,
+    maps,
+    inside,
+    weights,
+    biases,
+    channels,
+    turns,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    TURN: tl.constexpr,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    PACK: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """The states after a whole group."""
+    totals = (tl.zeros((LANES,), ACC),)
+    states, _totals, _outputs = _walk_group(
+        states,
+        totals,
+        rates,
+        rate_ptr,
+        (rows, factors, rows, maps, GROUP - 1),
+        inside,
+        weights,
+        biases,
+        biases,
+        channels,
+        turns,
+        N,
+        R,
+        SOFTPLUS,
+        False,
+        False,
+        False,
+        TURN,
+        GROUP,
+        1,
+        LANES,
+        PACK,
+        TYPE,
+        ACC,
+        FAST,
+    )
+    return states
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -1222,14 +1441,12 @@ def selective_scan_bwd_kernel(
     u_ptr,
     delta_ptr,
     proj_ptr,
-    factors_ptr,
     weight_ptr,
     bias_ptr,
     a_ptr,
     list_ptr,
     skip_ptr,
     carries_ptr,
-    scratch_ptr,
     grad_y_ptr,
     entering_ptr,
     grad_u_ptr,
@@ -1246,9 +1463,9 @@ def selective_scan_bwd_kernel(
     chunk,
     chunks,
     blocks,
+    turns,
     first,
     wave,
-    states,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1266,6 +1483,7 @@ def selective_scan_bwd_kernel(
     HAS_SKIP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     SAVED: tl.constexpr,
+    TURN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
@@ -1276,29 +1494,31 @@ def selective_scan_bwd_kernel(
     INDEX: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Gradients of one chunk, or of a whole path, from its last group of 8 positions to its first.
+    """Gradients of one chunk, or of a whole path, from its last group of positions to its first.
 
     ``entering_ptr`` has the gradients that enter the chunks from behind. The gradients of B and C
     are sums over this program's channels, those of A and the skip weights sums over its positions.
 
-    One state stays in registers, as do its gradient and sums. Several take turns in every group;
-    what they have is in ``scratch_ptr``, small enough for the caches. The forward pass saved them
-    at every SAVED positions: the program finds those between when it comes to the last of SAVED.
+    The forward pass saved the states at every SAVED positions, one group or two: before the second
+    group's turn, the program finds the states between from those before the first.
     """
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
-    # With several states B and C are read state by state.
-    COLUMNS: tl.constexpr = R + 2 if N == 1 else R
-    WORDS: tl.constexpr = COLUMNS // PACK if COLUMNS > 0 else 1
+    TURNS: tl.constexpr = N // TURN
+    WORDS: tl.constexpr = (R + 2 if N == 1 else R) // PACK
+    FACTOR_WORDS: tl.constexpr = WORDS if N == 1 else 2 * TURN // PACK
+    FACTORS: tl.constexpr = (GROUP * FACTOR_WORDS + LANES - 1) // LANES
+    B: tl.constexpr = R if N == 1 else 0
+    RATIO: tl.constexpr = SAVED // GROUP
+    # What finding states takes too is read two groups ahead, the rest one.
+    EARLY: tl.constexpr = 0 if RATIO == 1 else 2 if R == 0 else 1
+    MAPS: tl.constexpr = 2 + (R == 0) + ACCUMULATE
     GRADS: tl.constexpr = GROUP * (2 if R == 0 else 1)
     PARTS: tl.constexpr = GRADS + GROUP
-    FORWARD: tl.constexpr = 1 + (R == 0)
-    MAPS: tl.constexpr = 1 + FORWARD + ACCUMULATE
-    RATIO: tl.constexpr = SAVED // GROUP
     block, k, c, s = _program(blocks, wave, first, chunks)
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
-    base, position, within, run, step, hop = _path(
+    base, position, within, path = _path(
         s,
         k,
         t0 + final * GROUP,
@@ -1313,16 +1533,13 @@ def selective_scan_bwd_kernel(
     )
     lanes = tl.arange(0, LANES)
     d = block * LANES + lanes
-    insides, weights, biases, rates, skips = _parameters(
+    inside, weights, biases, skips = _parameters(
         weight_ptr,
         bias_ptr,
-        a_ptr,
         skip_ptr,
         k,
         d,
         channels,
-        N,
-        1,
         R,
         HAS_BIAS,
         HAS_SKIP,
@@ -1331,323 +1548,232 @@ def selective_scan_bwd_kernel(
         LANES,
         ACC,
     )
-    inside = insides[0]
-    skip = skips[0]
-    path = s.to(tl.int64) * K + k
+    row = s.to(tl.int64) * K + k
     k64 = k.to(tl.int64)
     grad_u_base = grad_u_ptr + base * stride + (k64 - first) * stride_y_k + d
     grad_raw_base = grad_raw_ptr + base * stride + k64 * stride_delta_k + d
-    sweep_bases = (u_ptr + base * stride + k64 * stride_u_k + d,)
+    early_bases = (u_ptr + base * stride + k64 * stride_u_k + d,)
     if R == 0:
-        sweep_bases = sweep_bases + (delta_ptr + base * stride + k64 * stride_delta_k + d,)
-    bases = sweep_bases + (grad_y_ptr + base * stride + k64 * stride_u_k + d,)
+        early_bases = early_bases + (delta_ptr + base * stride + k64 * stride_delta_k + d,)
+    late_bases = (grad_y_ptr + base * stride + k64 * stride_u_k + d,)
     if ACCUMULATE:
-        bases = bases + (grad_u_base,)
+        late_bases = late_bases + (grad_u_base,)
+    if EARLY == 0:
+        late_bases = early_bases + late_bases
     row_base = proj_ptr + base * (K * WIDTH) + k * WIDTH + (LOW - R) // PACK
-    # Lane i writes the sums of position i // 2: of B if it is even, of C if it is odd.
+    rate_base = a_ptr + k * N * channels + d
+    rates = _load_rates(rate_base, channels, inside, TURN, BLOCKS, LANES, ACC)
+    # Even lanes write sums for B, odd ones for C.
     grad_proj_base = (
         grad_proj_ptr
         + ((block.to(tl.int64) * positions + base) * K + k) * (2 * N)
         + (lanes & 1) * N
     )
-    carries_base = carries_ptr + path * ((length + SAVED - 1) // SAVED) * (N * channels)
+    carries_base = carries_ptr + row * ((length + SAVED - 1) // SAVED) * (N * channels)
     carries_base += (t0 // SAVED).to(tl.int64) * (N * channels) + d
-    scratch_base = scratch_ptr + tl.program_id(0).to(tl.int64) * ((RATIO + 2) * N * LANES) + lanes
     # One row per sequence and chunk, so that one reduction over rows finishes the sums.
-    sums = (s.to(tl.int64) * chunks + c) * K + k
+    sums_row = (s.to(tl.int64) * chunks + c) * K + k
 
-    entering_row = entering_ptr + (path * chunks + c) * N * channels + d
     # Nothing enters the last chunk from behind.
-    enters = inside & (c + 1 < chunks)
-    incoming = tl.zeros((LANES,), ACC)
-    grad_a = tl.zeros((LANES,), ACC)
-    rate_row = a_ptr + (k * channels + d) * N
-    factor_base = factors_ptr + base * (K * (LOW + 2 * N)) + k * (LOW + 2 * N) + LOW
-    incoming_base = scratch_base + RATIO * N * LANES
-    grad_a_base = incoming_base + N * LANES
-    if N == 1:
-        incoming = tl.load(entering_row, mask=enters, other=0.0).to(ACC)
-    else:
-        for n in range(N):
-            entered = tl.load(entering_row + n * channels, mask=enters, other=0.0).to(ACC)
-            tl.store(incoming_base + n * LANES, entered)
-            tl.store(grad_a_base + n * LANES, tl.zeros((LANES,), ACC))
-    grad_skip = tl.zeros((LANES,), ACC)
-
-    last = count - final * GROUP - 1
-    rows, offsets, maps = _load_group(
-        row_base,
-        bases,
-        position,
-        within,
-        last,
-        run,
-        step,
-        hop,
-        stride,
-        insides,
-        K * WIDTH,
-        WORDS,
-        MAPS,
-        GROUP,
+    incoming = _load_states(
+        entering_ptr + (row * chunks + c) * (N * channels) + d,
+        channels,
+        (inside[0] & (c + 1 < chunks),),
+        N,
         BLOCKS,
         LANES,
-        FULL,
-        SHORT,
-        INDEX,
+        ACC,
     )
-    next_position, next_within, next_last, remaining = _next_group(
-        position, within, last, groups * GROUP, run, step, hop, True, GROUP, SHORT
-    )
-    next_rows = _load_rows(
-        row_base,
-        next_position,
-        next_within,
-        next_last,
-        run,
-        step,
-        hop,
-        K * WIDTH,
-        WORDS,
-        GROUP,
-        LANES,
-        SHORT,
-        INDEX,
-    )
-    if RATIO == 1:
-        saved = _load_state(carries_base, groups - 1, channels, inside)
-        next_saved = _load_state(carries_base, groups - 2, channels, inside)
-    for i in range(groups):
+    grad_a = ()
+    for _ in tl.static_range(N):
+        grad_a = grad_a + (tl.zeros((LANES,), ACC),)
+    grad_skip = tl.zeros((LANES,), ACC)
+
+    cursor = (position, within, count - final * GROUP - 1, groups * GROUP)
+    # No two names for one value, which Triton would not take to change.
+    group = _no_group()
+    next_group = _no_group()
+    rows, factors = _no_words(row_base, N, R, TURN, PACK, GROUP, LANES)
+    next_rows, next_factors = _no_words(row_base, N, R, TURN, PACK, GROUP, LANES)
+    offsets = tl.zeros((LANES,), INDEX)
+    early = _no_maps(early_bases, EARLY, GROUP, BLOCKS, LANES)
+    next_early = _no_maps(early_bases, EARLY, GROUP, BLOCKS, LANES)
+    late = _no_maps(late_bases, MAPS - EARLY, GROUP, BLOCKS, LANES)
+    saved = _no_maps((carries_base,), 1, N, BLOCKS, LANES)
+    next_saved = _no_maps((carries_base,), 1, N, BLOCKS, LANES)
+    # Words are read two groups ahead: the first two turns only load.
+    for i in range(-2, groups):
         index = groups - 1 - i
-        if RATIO > 1:
-            if (i == 0) | (index % RATIO == RATIO - 1):
-                segment = index // RATIO
-                _start, sweep_position, sweep_within, _run, _step, _hop = _path(
-                    s,
-                    k,
-                    t0 + segment * SAVED,
-                    height,
-                    width,
-                    lines,
-                    length,
-                    list_ptr,
-                    COLUMN,
-                    REVERSE,
-                    LISTED,
-                )
-                _find_states(
-                    carries_base + segment.to(tl.int64) * (N * channels),
-                    scratch_base,
-                    row_base,
-                    factor_base,
-                    rate_row,
-                    sweep_bases,
-                    states,
-                    index - segment * RATIO,
-                    sweep_position,
-                    sweep_within,
-                    run,
-                    step,
-                    hop,
-                    stride,
-                    channels,
-                    insides,
+        if i >= 0:
+            maps = early + late
+            lane_last = _pick(tl.full((LANES,), group[2], tl.int32), 0, LANES)
+            grads = ()
+            steps = ()
+            slopes = ()
+            drives = ()
+            through_drive = ()
+            through_rate = ()
+            for j in tl.static_range(GROUP):
+                dts, dt_slopes = _step_sizes(
+                    rows,
+                    maps,
                     weights,
                     biases,
-                    N,
+                    j,
+                    GROUP,
                     R,
                     SOFTPLUS,
                     SCALE,
-                    K * WIDTH,
+                    BLOCKS,
                     WORDS,
-                    FORWARD,
-                    GROUP,
-                    LANES,
-                    FULL,
-                    SHORT,
                     PACK,
+                    LANES,
                     TYPE,
                     ACC,
-                    INDEX,
                     FAST,
                 )
-        lane_last = _pick(tl.full((LANES,), last, tl.int32), 0, LANES)
-        us = ()
-        grads = ()
-        steps = ()
-        slopes = ()
-        drives = ()
-        through_drive = ()
-        through_rate = ()
-        for j in tl.static_range(GROUP):
-            dts, dt_slopes = _step_sizes(
-                rows,
-                maps,
-                weights,
-                biases,
-                j,
-                GROUP,
-                R,
-                SOFTPLUS,
-                SCALE,
-                BLOCKS,
-                WORDS,
-                PACK,
-                LANES,
-                TYPE,
-                ACC,
-                FAST,
-            )
-            exists = lane_last >= j
-            dt = tl.where(exists, dts[0], 0.0)
-            u = maps[j].to(ACC)
-            grad = tl.where(exists, maps[GRADS + j].to(ACC), 0.0)
-            us = us + (u,)
-            grads = grads + (grad,)
-            steps = steps + (dt,)
-            slopes = slopes + (dt_slopes[0],)
-            drives = drives + (dt * u,)
-            through_drive = through_drive + (tl.zeros((LANES,), ACC),)
-            through_rate = through_rate + (tl.zeros((LANES,), ACC),)
-            grad_skip += u * grad
-        lane_at = _at(position, within, tl.minimum(last, lanes // 2), run, step, hop, SHORT)
-        lane_ptr = grad_proj_base + lane_at.to(INDEX) * (K * 2 * N)
-        lane_mask = lanes // 2 <= last
-        if N == 1:
-            bs = ()
-            cs = ()
-            for j in tl.static_range(GROUP):
-                bs = bs + (_element(rows, j, R, WORDS, PACK, LANES, TYPE, ACC),)
-                cs = cs + (_element(rows, j, R + 1, WORDS, PACK, LANES, TYPE, ACC),)
-            incoming, grad_a, of_factors, through_drive, through_rate = _adjoint(
-                saved,
-                incoming,
-                grad_a,
-                rates[0],
-                bs,
-                cs,
-                steps,
-                drives,
-                grads,
-                through_drive,
-                through_rate,
-                GROUP,
-                LANES,
-            )
-            tl.store(lane_ptr, of_factors, mask=lane_mask)
-        else:
-            here = scratch_base + (index % RATIO) * (N * LANES)
-            state = tl.load(here)
-            left = tl.load(incoming_base)
-            rate_sum = tl.load(grad_a_base)
-            rate = tl.load(rate_row, mask=inside, other=0.0)
-            factors = _load_factors(
-                factor_base,
-                position,
-                within,
-                last,
-                0,
-                run,
-                step,
-                hop,
-                K * (LOW + 2 * N),
-                N,
-                LANES,
-                SHORT,
-                INDEX,
-            )
-            for n in range(states):
-                following = tl.minimum(n + 1, N - 1)
-                next_state = tl.load(here + following * LANES)
-                next_left = tl.load(incoming_base + following * LANES)
-                next_rate_sum = tl.load(grad_a_base + following * LANES)
-                next_rate = tl.load(rate_row + following, mask=inside, other=0.0)
-                next_factors = _load_factors(
-                    factor_base,
-                    position,
-                    within,
-                    last,
-                    following,
-                    run,
-                    step,
-                    hop,
-                    K * (LOW + 2 * N),
-                    N,
-                    LANES,
-                    SHORT,
-                    INDEX,
-                )
-                bs = ()
-                cs = ()
-                for j in tl.static_range(GROUP):
-                    bs = bs + (_pick(factors, 2 * j, LANES).to(ACC),)
-                    cs = cs + (_pick(factors, 2 * j + 1, LANES).to(ACC),)
-                left, rate_sum, of_factors, through_drive, through_rate = _adjoint(
-                    state,
-                    left,
-                    rate_sum,
-                    rate.to(ACC),
-                    bs,
-                    cs,
+                dt = tl.where(lane_last >= j, dts[0], 0.0)
+                u = maps[j].to(ACC)
+                grad = tl.where(lane_last >= j, maps[GRADS + j].to(ACC), 0.0)
+                grads = grads + (grad,)
+                steps = steps + (dt,)
+                slopes = slopes + (dt_slopes[0],)
+                drives = drives + (dt * u,)
+                through_drive = through_drive + (tl.zeros((LANES,), ACC),)
+                through_rate = through_rate + (tl.zeros((LANES,), ACC),)
+                grad_skip += u * grad
+            entered = saved
+            if RATIO > 1:
+                if index % RATIO != 0:
+                    entered = _find_states(
+                        saved,
+                        rates,
+                        rate_base,
+                        next_rows,
+                        next_factors,
+                        next_early,
+                        inside,
+                        weights,
+                        biases,
+                        channels,
+                        turns,
+                        N,
+                        R,
+                        SOFTPLUS,
+                        TURN,
+                        GROUP,
+                        LANES,
+                        PACK,
+                        TYPE,
+                        ACC,
+                        FAST,
+                    )
+            if TURNS == 1:
+                incoming, grad_a, through_drive, through_rate = _adjoint_turn(
+                    entered,
+                    incoming,
+                    grad_a,
+                    rates,
+                    factors,
                     steps,
                     drives,
                     grads,
                     through_drive,
                     through_rate,
+                    grad_proj_base,
+                    group,
+                    path,
+                    0,
+                    K * 2 * N,
+                    B,
+                    TURN,
                     GROUP,
+                    FACTOR_WORDS,
+                    PACK,
                     LANES,
+                    SHORT,
+                    TYPE,
+                    ACC,
+                    INDEX,
                 )
-                tl.store(lane_ptr + n, of_factors, mask=lane_mask)
-                tl.store(incoming_base + n * LANES, left)
-                tl.store(grad_a_base + n * LANES, rate_sum)
-                state = next_state
-                left = next_left
-                rate_sum = next_rate_sum
-                rate = next_rate
-                factors = next_factors
-        for j in tl.static_range(GROUP):
-            place = _pick(offsets, j, LANES)
-            grad_u = skip * grads[j] + steps[j] * through_drive[j]
-            grad_raw = (us[j] * through_drive[j] + through_rate[j]) * slopes[j]
-            if ACCUMULATE:
-                grad_u += maps[PARTS + j].to(ACC)
-            _write(grad_u_base + place, grad_u, lane_last >= j, inside, FULL)
-            _write(grad_raw_base + place, grad_raw, lane_last >= j, inside, FULL)
-        position = next_position
-        within = next_within
-        last = next_last
-        rows = next_rows
-        offsets = _group_offsets(
-            position, within, last, run, step, hop, stride, LANES, SHORT, INDEX
+            else:
+                own_factors = factors
+                for turn in range(turns):
+                    own_rates = _load_rates(
+                        rate_base + turn * TURN * channels,
+                        channels,
+                        inside,
+                        TURN,
+                        BLOCKS,
+                        LANES,
+                        ACC,
+                    )
+                    new_incoming, new_grad_a, through_drive, through_rate = _adjoint_turn(
+                        entered,
+                        incoming,
+                        grad_a,
+                        own_rates,
+                        own_factors,
+                        steps,
+                        drives,
+                        grads,
+                        through_drive,
+                        through_rate,
+                        grad_proj_base,
+                        group,
+                        path,
+                        turn * TURN,
+                        K * 2 * N,
+                        B,
+                        TURN,
+                        GROUP,
+                        FACTOR_WORDS,
+                        PACK,
+                        LANES,
+                        SHORT,
+                        TYPE,
+                        ACC,
+                        INDEX,
+                    )
+                    incoming = _turned(incoming, new_incoming, N, TURN)
+                    grad_a = _turned(grad_a, new_grad_a, N, TURN)
+                    entered = _turned(entered, entered, N, TURN)
+                    own_factors = _turned(own_factors, own_factors, TURNS * FACTORS, FACTORS)
+            for j in tl.static_range(GROUP):
+                place = _pick(offsets, j, LANES)
+                grad_u = skips[0] * grads[j] + steps[j] * through_drive[j]
+                grad_raw = maps[j].to(ACC) * through_drive[j] + _LN2 * through_rate[j]
+                if ACCUMULATE:
+                    grad_u += maps[PARTS + j].to(ACC)
+                _write(grad_u_base + place, grad_u, lane_last >= j, inside[0], FULL)
+                _write(grad_raw_base + place, grad_raw * slopes[j], lane_last >= j, inside[0], FULL)
+        group, rows, factors, early = next_group, next_rows, next_factors, next_early
+        offsets = _offsets(group, path, stride, LANES, SHORT, INDEX)
+        late = _load_maps(late_bases, offsets, inside, MAPS - EARLY, GROUP, BLOCKS, LANES, FULL)
+        next_group = cursor
+        next_rows, next_factors = _load_words(
+            row_base, cursor, path, K * WIDTH, N, R, TURN, PACK, GROUP, LANES, SHORT, INDEX
         )
-        maps = _load_maps(bases, offsets, insides, MAPS, GROUP, BLOCKS, LANES, FULL)
-        next_position, next_within, next_last, remaining = _next_group(
-            position, within, last, remaining, run, step, hop, True, GROUP, SHORT
+        next_offsets = _offsets(cursor, path, stride, LANES, SHORT, INDEX)
+        next_early = _load_maps(
+            early_bases, next_offsets, inside, EARLY, GROUP, BLOCKS, LANES, FULL
         )
-        next_rows = _load_rows(
-            row_base,
-            next_position,
-            next_within,
-            next_last,
-            run,
-            step,
-            hop,
-            K * WIDTH,
-            WORDS,
-            GROUP,
-            LANES,
-            SHORT,
-            INDEX,
-        )
+        cursor = _next_group(cursor, path, True, GROUP, SHORT)
         if RATIO == 1:
             saved = next_saved
-            next_saved = _load_state(carries_base, index - 2, channels, inside)
-    for n in range(N):
-        if N > 1:
-            grad_a = tl.load(grad_a_base + n * LANES)
-        tl.store(grad_a_ptr + (sums * N + n) * channels + d, grad_a, mask=inside)
+            next_saved = _load_saved(
+                carries_base, index - 2, channels, inside, N, RATIO, BLOCKS, LANES, ACC
+            )
+        else:
+            following = tl.minimum(index, groups) - 1
+            saved = _load_saved(
+                carries_base, following, channels, inside, N, RATIO, BLOCKS, LANES, ACC
+            )
+    _store_states(
+        grad_a_ptr + sums_row * (N * channels) + d, grad_a, channels, inside, N, BLOCKS, LANES
+    )
     if HAS_SKIP:
-        tl.store(grad_skip_ptr + sums * channels + d, grad_skip, mask=inside)
+        tl.store(grad_skip_ptr + sums_row * channels + d, grad_skip, mask=inside[0])
 
 
 @triton.jit
