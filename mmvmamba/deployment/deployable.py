@@ -33,9 +33,10 @@ class Deployable(nn.Module):
         self.model = with_exportable_parts(model).eval().requires_grad_(False)
         given = model.data_preprocessor
         converts = ("to_rgb", "_channel_conversion", "channel_conversion")
-        self.channels = (
-            "RGB" if any(getattr(given, name, False) for name in converts) else "as loaded"
-        )
+        # OpenMMLab turns three channels round, and leaves others as they are.
+        swaps = model.backbone.in_channels == 3
+        swaps = swaps and any(getattr(given, name, False) for name in converts)
+        self.channels = "RGB" if swaps else "as loaded"
         self.normalises = given._enable_normalize
         if self.normalises:
             self.register_buffer("mean", given.mean[None].clone())

@@ -71,7 +71,8 @@ class SingleStage(Deployable):
             labels.append(index % classes)
         boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
         index = (scores > settings.get("score_thr", 0)).nonzero().squeeze(1)
-        return _suppress(boxes[index], scores[index], labels[index], settings, images)
+        found = _large(settings, boxes[index], scores[index], labels[index])
+        return _suppress(*found, settings, images)
 
 
 class TwoStage(Deployable):
@@ -142,12 +143,7 @@ class TwoStage(Deployable):
             scores.append(best)
             levels.append(torch.full_like(index, level))
         boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
-        least = settings.get("min_bbox_size", -1)
-        if least >= 0:
-            wide = (boxes[:, 2:] - boxes[:, :2]).amin(1) > least
-            index = wide.nonzero().squeeze(1)
-            boxes, scores, levels = boxes[index], scores[index], levels[index]
-        return _suppress(boxes, scores, levels, settings, images)[0]
+        return _suppress(*_large(settings, boxes, scores, levels), settings, images)[0]
 
 
 def _check_coder(head: nn.Module) -> None:
@@ -178,6 +174,15 @@ def _levels(head: nn.Module, x: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Te
         flat = scores[0].permute(1, 2, 0).reshape(-1, head.cls_out_channels)
         flat = flat.sigmoid() if head.use_sigmoid_cls else flat.softmax(-1)[:, :-1]
         yield priors, flat, deltas[0].permute(1, 2, 0).reshape(-1, 4)
+
+
+def _large(settings: ConfigDict, boxes: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The boxes of more than `min_bbox_size` pixels a side, and what belongs to them."""
+    least = settings.get("min_bbox_size", -1)
+    if least < 0:
+        return boxes, *others
+    index = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > least).nonzero().squeeze(1)
+    return boxes[index], *(other[index] for other in others)
 
 
 def _best(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,8 @@ OPSET = 18
 NEEDED = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 """Packages that a format is written with."""
 
-# Steps of a pipeline that read or hand on, and leave the pixels alone.
-_KEEPING = ("Load", "Pack", "Collect", "PILToTensor")
+# Steps of a pipeline that read labels or hand on, and leave the pixels alone.
+_KEEPING = ("LoadAnnotations", "LoadPanopticAnnotations", "Pack", "Collect", "PILToTensor")
 
 
 def export_model(

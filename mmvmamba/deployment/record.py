@@ -23,7 +23,8 @@ class Record:
         config: Name of its config.
         classes: Names of the classes, by label.
         outputs: Names of the results, in their order.
-        channels: Order of the images' channels, 'RGB' or 'as loaded'.
+        channels: Order of the images' channels: 'RGB', or 'as loaded' for what the first of
+            `transforms` loads, BGR by default.
         transforms: The steps of the test pipeline that change an image, in mmcv's words.
         size: Height and width of the images in pixels; None for any.
         batched: Whether a call takes several images.
@@ -81,4 +82,4 @@ class Record:
 
 def path_of(model: Path) -> Path:
     """The JSON file beside a model's file."""
-    return model.with_suffix(".json")
+    return model.with_name(f"{model.name}.json")

@@ -50,6 +50,10 @@ class Deployed:
         Raises:
             UsageError: If the model was not made for images of that number or size.
         """
+        if images.ndim != 4:
+            raise UsageError(
+                f"{self.path} takes images (B, C, H, W), not an array of shape {images.shape}."
+            )
         record, size = self.record, list(images.shape[2:])
         if record.size is not None and size != record.size:
             raise UsageError(
@@ -95,6 +99,15 @@ def in_runtime(module: nn.Module, images: Tensor, runtime: str) -> Callable[[Ten
     return lambda images: [torch.from_numpy(result) for result in run(images.numpy())]
 
 
+def check_runtime(path: Path) -> None:
+    """Looks for the package that runs a file of such a name.
+
+    Raises:
+        UsageError: If it is not installed.
+    """
+    _runtime(RUNTIMES[path.suffix])
+
+
 def _runtime(name: str) -> ModuleType:
     try:
         return import_module(name)
@@ -115,7 +128,15 @@ def _open_onnx(path: Path, threads: int | None) -> Run:
     except refusals as error:
         raise UsageError(_cannot_open(path, f"onnxruntime {runtime.__version__}", error)) from error
     [name] = (given.name for given in session.get_inputs())
-    return lambda images: session.run(None, {name: images})
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        try:
+            return session.run(None, {name: images})
+        except (state.InvalidArgument, state.RuntimeException, state.Fail) as error:
+            # They derive from Exception alone.
+            raise RuntimeError(f"onnxruntime cannot run {path}: {error}") from error
+
+    return run
 
 
 def _open_openvino(path: Path, threads: int | None) -> Run:

@@ -200,7 +200,7 @@ def test_whole_models_equal_openmmlabs(name, project, sample_data, tmp_path):
         COLUMNS="200",
     )
     assert "onnxruntime differs by" in done.stdout
-    record = json.loads((tmp_path / "model.json").read_text())
+    record = json.loads((tmp_path / "model.onnx.json").read_text())
     assert record["format"] == FORMAT
     assert record["task"] == name
     assert record["classes"][:2] == ["class 0", "class 1"]
@@ -270,7 +270,7 @@ def test_files_that_cannot_be_used_say_what_to_do(doubling, tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         runtimes.Deployed(path)
     path.write_bytes(doubling.read_bytes())
-    with pytest.raises(UsageError, match=r"model\.json is missing: copy it along"):
+    with pytest.raises(UsageError, match=r"model\.onnx\.json is missing: copy it along"):
         runtimes.Deployed(path)
     a_record(format=FORMAT + 1).save(path)
     with pytest.raises(UsageError, match="update mmvmamba"):
@@ -319,7 +319,7 @@ def test_scan_paths_that_are_lists_are_refused(tmp_path):
 @pytest.mark.parametrize("arch", [*ARCHS, *SCANS])
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_every_arch_at_every_size(tmp_path, arch, kind):
-    """The table of docs/deployment.md, as far as it is of exactness."""
+    """What docs/deployment.md says was not run in full."""
     options = {"scan": arch} if arch in SCANS else {}
     model = backbone("tiny" if arch in SCANS else arch, **options)
     [run] = exported(model, tmp_path, (kind,))

@@ -11,7 +11,7 @@ from mmvmamba.analysis.inspection import find_images
 from mmvmamba.deployment.check import compare, runtime_of
 from mmvmamba.deployment.export import FORMATS, export_model
 from mmvmamba.deployment.quantize import quantize
-from mmvmamba.deployment.runtimes import Deployed
+from mmvmamba.deployment.runtimes import Deployed, check_runtime
 from mmvmamba.engine.cli import (
     CONFIG_HELP,
     add_cfg_options,
@@ -47,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
         help="one image of this size a call, which some runtimes need",
     )
     size.add_argument(
-        "--dynamic", action="store_true", help="images of any size and number (the default)"
+        "--dynamic",
+        action="store_true",
+        help="images of any size and, but for detectors, any number (the default)",
     )
     parser.add_argument(
         "--check",
@@ -76,13 +78,13 @@ def kind_of(options: argparse.Namespace) -> str:
     raise UsageError(f"{options.out}: exported models end in {', '.join(FORMATS.values())}.")
 
 
-def check(options: argparse.Namespace, cfg, console: Console) -> None:
+def check(options: argparse.Namespace, cfg, images: list[Path], console: Console) -> None:
     deployed = Deployed(options.out)
     table = Table("image", "size", f"{runtime_of(deployed)} differs by")
     for title in ("eager (ms)", f"{runtime_of(deployed)} (ms)"):
         table.add_column(title, justify="right")
     errors = []
-    for one in compare(cfg, options.checkpoint, deployed, find_images(options.check)):
+    for one in compare(cfg, options.checkpoint, deployed, images):
         errors.append(one.error)
         times = (f"{1e3 * seconds:.0f}" for seconds in (one.eager, one.deployed))
         table.add_row(one.path.name, f"{one.size[0]}x{one.size[1]}", one.difference, *times)
@@ -96,13 +98,19 @@ def check(options: argparse.Namespace, cfg, console: Console) -> None:
 def export(options: argparse.Namespace) -> None:
     kind = kind_of(options)
     if options.int8 and kind != "onnx":
-        raise UsageError("--int8 is ONNX Runtime's: give --format onnx.")
+        raise UsageError("--int8 is ONNX Runtime's: give a file that ends in .onnx.")
+    # What could only fail after the export.
+    calibration, checked = (
+        find_images(given) if given else [] for given in (options.int8, options.check)
+    )
+    if calibration or checked:
+        check_runtime(options.out)
     cfg = load_config(options.config, options.cfg_options)
     tell_notices(cfg)
     size = tuple(options.size) if options.size else None
     record = export_model(cfg, options.checkpoint, options.out, kind, size)
     if options.int8:
-        quantize(cfg, options.out, find_images(options.int8))
+        quantize(cfg, options.out, calibration)
     console = Console(highlight=False, soft_wrap=True)
     weight = options.out.stat().st_size
     if options.out.suffix == ".xml":
@@ -112,7 +120,7 @@ def export(options: argparse.Namespace) -> None:
         f"{options.out}: images of {sizes} to {', '.join(record.outputs)}, {weight / 1e6:.1f} MB"
     )
     if options.check:
-        check(options, cfg, console)
+        check(options, cfg, checked, console)
 
 
 def main() -> None:
