@@ -26,7 +26,8 @@ class _AfterTimm(MetaPathFinder):
         if name != REGISTRY:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
+        finds = (getattr(finder, "find_spec", None) for finder in others)
+        specs = (find(name, path, target) for find in finds if find is not None)
         spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

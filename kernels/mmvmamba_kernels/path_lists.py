@@ -127,6 +127,8 @@ _known = WeakTensorKeyDictionary()
 def of_tensor(op: str, paths: Tensor, x: Tensor) -> PathLists:
     """The lists of a user's tensor of paths, whose values are looked at when it is new or changed.
 
+    Writes through `paths.data` or NumPy are no changes that PyTorch counts, and stay unseen.
+
     Raises:
         ValueError: If a path leaves the map, or visits a position twice.
     """
@@ -139,10 +141,11 @@ def of_tensor(op: str, paths: Tensor, x: Tensor) -> PathLists:
     # Changes of tensors that were made in inference mode are not counted.
     version = None if paths.is_inference() else paths._version
     known = _known.get(paths)
-    if known is not None and version is not None and known[0] == (version, height, width):
+    key = version, paths.data_ptr(), height, width
+    if known is not None and version is not None and known[0] == key:
         return known[1]
     what = f"{op}: paths over a {height} x {width} map"
     checked = check_positions(what, paths.detach().cpu().long(), positions, whole)
     lists = _prepare(checked, positions, whole).to(paths.device)
-    _known[paths] = (version, height, width), lists
+    _known[paths] = key, lists
     return lists

@@ -68,6 +68,8 @@ _families = {
     "window": (scan_paths.window, None),
     "atrous": (scan_paths.atrous, scan_paths.atrous_length),
 }
+# Of models, which compose patterns.
+_RESERVED = ("cascade2d",)
 # A size at which a pattern says how many directions it has.
 _SAMPLE = (8, 8)
 
@@ -91,8 +93,11 @@ def register_pattern(
     pattern = ListedPattern(paths, length)
     if name in _listed and _listed[name] == pattern:
         return
-    if name in PATTERNS or find_listed(name) is not None:
-        raise ValueError(f"there is a scan pattern {name!r} already: choose another name")
+    if name in (*PATTERNS, *_RESERVED) or find_listed(name) is not None:
+        raise ValueError(
+            f"there is a scan pattern {name!r} already: choose another name. A function that was "
+            "defined anew is another one, until the process starts again."
+        )
     pattern_paths(name, pattern, *_SAMPLE)
     _listed[name] = pattern
 
@@ -101,12 +106,18 @@ def name_pattern(paths: PathFunction) -> str:
     """The name of a function of paths, which is registered if it has none yet.
 
     Raises:
-        ValueError: As :func:`register_pattern`.
+        ValueError: If it is a lambda or inside of another function, where names say nothing, or as
+            :func:`register_pattern`.
     """
     for name, pattern in _listed.items():
         if pattern == ListedPattern(paths):
             return name
     own = getattr(paths, "__qualname__", type(paths).__name__)
+    if "<" in own:
+        raise ValueError(
+            f"{own} has no name by which another process would find it: give it one with "
+            "mmvmamba_kernels.register_pattern(name, function), and use the name"
+        )
     base = name = f"{getattr(paths, '__module__', '')}.{own}"
     for number in itertools.count(2):
         if name not in _listed:

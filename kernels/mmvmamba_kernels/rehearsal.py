@@ -7,6 +7,7 @@ has no thread for a device that is not there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,23 +17,22 @@ from torch import Tensor
 PROCESSORS = 132
 """Multiprocessors of the GPU that launchers are told of."""
 
-_active = False
+_thread = threading.local()
 
 
 def active() -> bool:
-    """Whether a rehearsal is going on."""
-    return _active
+    """Whether this thread is in a rehearsal."""
+    return getattr(_thread, "rehearses", False)
 
 
 @contextmanager
 def rehearsing() -> Iterator[None]:
-    """Rehearse the operators that are called meanwhile."""
-    global _active  # noqa: PLW0603 - one process is in a rehearsal or is not
-    before, _active = _active, True
+    """Rehearse the operators that this thread calls meanwhile."""
+    before, _thread.rehearses = active(), True
     try:
         yield
     finally:
-        _active = before
+        _thread.rehearses = before
 
 
 class _Context:

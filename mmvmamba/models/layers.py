@@ -48,10 +48,17 @@ def fx_leaf(forward: Callable) -> Callable:
     """
 
     @wraps(forward)
-    def leaf(self: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        return forward(self, x)
+    def leaf(self: nn.Module, x: Tensor, **options) -> Tensor:
+        if not isinstance(x, fx.Proxy):
+            return forward(self, x, **options)
+        path = x.tracer.path_of_module(self)
+        if self._forward_hooks or self._forward_pre_hooks:
+            # A tracer records them around the call, which runs them too.
+            raise ValueError(
+                f"{path} has hooks, which would run twice in a module traced by torch.fx: add them "
+                "to the traced module instead."
+            )
+        return x.tracer.create_proxy("call_module", path, (x,), options)
 
     return leaf
 
@@ -358,6 +365,7 @@ class Mlp(KeepsPacked):
         self.fc2 = nn.Linear(hidden, channels)
         self.drop = nn.Dropout(drop)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
         if runs_as(fc1, nn.Linear) and cpu.fuses(x, fc1.weight, fc1.bias):

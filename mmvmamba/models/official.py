@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from mmvmamba.models import layers, ss2d
 from mmvmamba.models.arguments import ArgumentError
 from mmvmamba.models.checkpoint import LoadReport, accept_conv_weights, current_names
-from mmvmamba.models.layers import LayerNorm, ToChannelsFirst, ToChannelsLast, build_norm
+from mmvmamba.models.layers import (
+    LayerNorm,
+    ToChannelsFirst,
+    ToChannelsLast,
+    build_norm,
+    fx_leaf,
+)
 from mmvmamba.models.ss2d import Mamba2Mixer, build_depthwise_conv
 from mmvmamba.models.vmamba import VMamba, init_module
 from mmvmamba.registry import MODELS
@@ -236,6 +242,7 @@ class SoftmaxSpatial(nn.Module):
 class LayerNorm2d(LayerNorm):
     """Layer normalisation of the channels of NCHW."""
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
@@ -343,6 +350,7 @@ class SS2D(ss2d.SS2D):
         set_out_norm(self, out_norm)
         self._register_load_state_dict_pre_hook(accept_conv_weights, with_module=True)
 
+    @fx_leaf
     def forward(self, x: Tensor, **_) -> Tensor:
         """Mixes a map, (B, H, W, C) or for `channel_first` (B, C, H, W), to the same shape."""
         if not self.channel_first:
@@ -474,8 +482,15 @@ class VSSBlock(layers.VSSBlock):
 def _norm_and_eps(norm_layer: Callable[[int], nn.Module], channels: int) -> tuple[str, float]:
     norm = norm_layer(channels)
     for kind, name in ((nn.LayerNorm, "ln"), (nn.BatchNorm2d, "bn")):
-        if isinstance(norm, kind):
-            return name, norm.eps
+        if not isinstance(norm, kind):
+            continue
+        plain = kind(channels)
+        same = norm.state_dict().keys() == plain.state_dict().keys()
+        if not same or getattr(norm, "momentum", None) != getattr(plain, "momentum", None):
+            raise ArgumentError(
+                f"norm_layer={norm_layer!r} makes {norm!r}: of its settings only eps is supported."
+            )
+        return name, norm.eps
     raise ArgumentError(
         f"norm_layer={norm_layer!r} makes a {type(norm).__name__}, expected nn.LayerNorm, "
         "nn.BatchNorm2d or what derives from them."
@@ -619,6 +634,9 @@ class VSSM(VMamba):
         self.dims = list(self.arch.dims)
         self.num_layers = len(self.dims)
         self.channel_first = norm_layer.lower() in CHANNEL_FIRST
+        # A mixer of the project's own gets a class, as from the official code.
+        classes = {name: layer for layer, name in ACTIVATIONS.items()}
+        mixer_arguments["act_layer"] = classes[self.arch.act]
         for dim, layer in zip(self.dims, self.layers, strict=True):
             for block in layer.blocks:
                 block.channel_first = self.channel_first

@@ -126,7 +126,8 @@ def prepare(model: nn.Module, images: Tensor) -> None:
     if needs_dispatcher([images]) or not images.is_cuda:
         return
     mode = Mode(
-        next(model.patch_embed.parameters()).dtype,
+        # Replicas of data parallelism have tensors in the place of parameters.
+        getattr(model.patch_embed[0], "weight", images).dtype,
         autocast_dtype(images),
         torch.is_grad_enabled(),
     )

@@ -16,6 +16,7 @@ from mmvmamba.models.layers import (
     KeepsPacked,
     LayerNorm,
     autocast_dtype,
+    fx_leaf,
     linear,
     project,
     runs_as,
@@ -154,6 +155,7 @@ class SS2D(KeepsFloat32, KeepsPacked):
         self.A_logs = nn.Parameter(a_log.flatten(0, 1).clone())
         self.Ds = nn.Parameter(torch.ones(self.directions * inner))
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map.
 
@@ -298,6 +300,7 @@ class Mamba2Mixer(KeepsFloat32, KeepsPacked):
         self.out_proj = nn.Linear(inner, channels, bias=False)
         self.dropout = nn.Dropout(drop)
 
+    @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
         """Mixes a map, (B, H, W, C) to (B, H, W, C)."""
         x = project(self.in_proj, x)

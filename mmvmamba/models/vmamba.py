@@ -636,5 +636,6 @@ def init_module(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.LayerNorm, _BatchNorm)):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
+        for parameter, value in ((module.weight, 1.0), (module.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
 
 from mmvmamba.analysis.flops import count_model
-from mmvmamba.models import VMamba, recompute
+from mmvmamba.models import SS2D, Mamba2Mixer, VMamba, official, recompute
 from mmvmamba.timm import offer_models
 
 KINDS = {
@@ -194,6 +194,33 @@ def test_fx_records_blocks_as_calls(model, images):
             close(traced(batch), model(batch))
     with pytest.raises(ValueError, match="takes floating-point images"):
         traced(images.int())
+
+
+@pytest.mark.parametrize("norm", ["ln", "ln2d", "bn"])
+def test_fx_traces_the_official_modules(norm):
+    torch.manual_seed(0)
+    small = {"dims": 8, "depths": (1, 1), "num_classes": 5, "norm_layer": norm}
+    model = official.VSSM(**small, forward_type="v05_noz", downsample_version="v3").eval()
+    batch = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        close([fx.symbolic_trace(model)(batch)], [model(batch)])
+
+
+@pytest.mark.parametrize(
+    "mixer", [SS2D(8), official.SS2D(8, channel_first=True), Mamba2Mixer(8, heads=2)]
+)
+def test_fx_records_mixers_as_calls(mixer):
+    batch, network = torch.randn(1, 8, 8, 8), nn.Sequential(mixer)
+    with torch.no_grad():
+        close([fx.symbolic_trace(network)(batch)], [network(batch)])
+
+
+def test_fx_refuses_hooks_that_would_run_twice(model):
+    hook = model.layers[0].blocks[0].register_forward_hook(lambda _m, _a, out: 2 * out)
+    with pytest.raises(ValueError, match=r"^layers\.0\.blocks\.0 has hooks, which would run twice"):
+        fx.symbolic_trace(model)
+    hook.remove()
+    fx.symbolic_trace(model)
 
 
 def test_torchvision_extracts_the_result_of_a_block(model, images):

@@ -108,6 +108,10 @@ def measure(options: argparse.Namespace) -> dict:
     if device.type != "cuda":
         for name in ("prepare", "graphs", "refusal"):
             del parts[name]
+    unknown = set(options.only or ()) - set(parts)
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        sys.exit(f"--only: no part {names} on {device}; there are {', '.join(parts)}")
     with on(device):
         for name, part in parts.items():
             if not options.only or name in options.only:

@@ -100,8 +100,10 @@ def selective_scan_2d_norm(
 
 
 def _runs_fused(x: Tensor, A: Tensor, backend: str | None) -> bool:
-    """Whether Triton runs the scan, outside of a compiler."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not isinstance(A, Tensor):
+    """Whether Triton runs the scan, outside of compilers and tracers."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if not isinstance(x, Tensor) or not isinstance(A, Tensor):
         return False
     problem = Problem(x.device, x.dtype, states=A.shape[-1] if A.ndim else 1, work=0)
     module = resolve(_SCAN, check_name(_SCAN, backend), problem, quiet=True)

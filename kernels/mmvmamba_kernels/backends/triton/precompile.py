@@ -16,11 +16,12 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -142,9 +143,14 @@ def _pretending(target: Target) -> Iterator[None]:
             driver.set_active(None)
 
 
+_recording = threading.Lock()
+
+
 @contextmanager
 def recording(target: Target) -> Iterator[list[Specialisation]]:
     """Collect the kernels that launches of a rehearsal ask for, instead of launching them.
+
+    Launches of other threads wait meanwhile, for Triton has one driver and one way to launch.
 
     Args:
         target: The GPU that they would be compiled for.
@@ -156,7 +162,10 @@ def recording(target: Target) -> Iterator[list[Specialisation]]:
     before = getattr(owner, name)
     caches = {}
 
-    def record(kernel: JITFunction, *args, grid, warmup, **options):  # noqa: ARG001
+    def record(kernel: JITFunction, *args, grid, warmup, **options):
+        if not rehearsal.active():
+            with _recording:
+                return run(kernel, *args, grid=grid, warmup=warmup, **options)
         if kernel not in caches:
             # Those of its own may be of another GPU, or know the kernel already.
             caches[kernel] = kernel.device_caches
@@ -164,20 +173,24 @@ def recording(target: Target) -> Iterator[list[Specialisation]]:
         args = [MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
         return run(kernel, *args, grid=grid, warmup=True, **options)
 
-    def hook(*_, **details) -> bool:
+    def hook(*args, **details) -> bool | None:
+        if not rehearsal.active():
+            return before(*args, **details) if before is not None else None
         kernel, data = details["fn"], details["compile"]["specialization_data"]
         found[Specialisation(kernel.module, kernel.name.rpartition(".")[2], data)] = None
         # Do not compile.
         return True
 
-    with rehearsal.rehearsing(), _pretending(target):
+    with _recording, rehearsal.rehearsing(), _pretending(target):
         JITFunction.run = record
         setattr(owner, name, hook)
         try:
             yield result
         finally:
             JITFunction.run = run
-            setattr(owner, name, before)
+            # Unless another one was put in front of it meanwhile, which goes on to call it.
+            if getattr(owner, name) is hook:
+                setattr(owner, name, before)
             for kernel, cache in caches.items():
                 kernel.device_caches = cache
     result += found
@@ -288,7 +301,9 @@ class _Workers:
                     break
                 if not self._compile(process, kernel):
                     break
-            process.stdin.close()
+            # What was not written yet cannot be: the process has ended, as its failure says.
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
     def _compile(self, process: subprocess.Popen, kernel: Specialisation) -> bool:
         """Have one kernel compiled; whether the process goes on."""
