@@ -298,7 +298,10 @@ def test_masks_are_there_where_they_are_learnt_or_evaluated(tmp_path):
     boxes(tmp_path / "other", lambda c, s: s == "val" and c["annotations"][1].pop("segmentation"))
     cfg = mask_rcnn(training(tmp_path / "other", "mmdet", "finetune", f"{tmp_path}/other/"))
     cfg.val_evaluator = {**cfg.val_evaluator, "metric": ["bbox", "segm"]}
-    refused(cfg, r"evaluates masks \(metric='segm'\), and annotation 2 of image 1 has none")
+    refused(
+        cfg,
+        r"evaluates masks \(metric='segm'\), and annotation 2 of image 1 has no mask of three",
+    )
 
 
 @each_kind

@@ -106,7 +106,7 @@ def test_the_command_line_goes_on_from_the_whole_one_and_says_so(training, never
     last = training.finish()
     # iter_10.pth holds step 11 here, so that little is left to do.
     assert differences(state(never_killed("mmpretrain").last()), state(last)) == []
-    assert "skipped: " in training.output()
+    assert "skipped, an older checkpoint is used: " in training.output()
     assert "checksum" in training.output()
 
 
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_be_written_ends_the_training_and_no_checkpoint(train
     done = run_python("-c", STARVED, *training.arguments, cwd=training.folder, check=False)
     assert done.returncode == 1
     assert "iter_12.pth was not written: File too large" in done.stdout
-    assert "go on with --resume" in done.stdout
+    assert "continue with --resume" in done.stdout
     assert (training.work_dir / "iter_11.pth").read_bytes() == before
     assert newest_checkpoint(training.work_dir) == (training.work_dir / "iter_11.pth", [])
 
