@@ -249,6 +249,11 @@ def spread(height, width):
     return torch.stack([(first + shift) % positions for shift in range(3)])
 
 
+def staying(height, width):
+    """No permutation."""
+    return [[0] * height * width]
+
+
 @pytest.mark.parametrize(
     ("scan", "directions"),
     [("hilbert", 4), ("window3", 4), ("atrous3", 9), (spread, 3)],
@@ -307,7 +312,8 @@ def test_builds_from_every_scope_without_an_import(scope):
         ({"scan": "zigzag"}, "scan='zigzag' is unknown, choose from cross2d"),
         ({"scan": "window0"}, r"scan='window0' is unknown.*window\{n\}"),
         ({"scan": 3}, "scan=3 is unknown, choose from cross2d"),
-        ({"scan": lambda h, w: [[0] * h * w]}, "path 0 must be a permutation of the 64 positions"),
+        ({"scan": staying}, "path 0 must be a permutation of the 64 positions"),
+        ({"scan": lambda h, w: [[*range(h * w)]]}, "<lambda> has no name by which another process"),
         ({"arch": "tiny-m2", "scan": "hilbert"}, "no other scan than 'cross2d'"),
         ({"act": "tanh"}, "act='tanh' is unknown, choose from gelu, relu, silu"),
         ({"d_state": 0}, "d_state=0 must be"),
