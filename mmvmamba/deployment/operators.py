@@ -56,6 +56,31 @@ def Lines(x: FLOAT[...], steps: INT64[1]) -> FLOAT[...]:
 
 
 @script(DOMAIN, default_opset=opset18)
+def CarriedStates(decays: FLOAT[...], ends: FLOAT[...]) -> FLOAT[...]:
+    """The states that enter parts of a sequence, (K, S, parts, ...), from zero.
+
+    Takes the decay over each part and the state at its end if it began from zero.
+    """
+    zero = op.Constant(value_float=0.0)
+    first = op.Mul(op.Gather(ends, op.Constant(value_int=0), axis=2), zero)
+
+    @graph()
+    def follow(h: FLOAT[...], decay: FLOAT[...], end: FLOAT[...]):
+        return op.Add(op.Mul(decay, h), end), op.Identity(h)
+
+    _, entering = op.Scan(
+        first,
+        decays,
+        ends,
+        body=follow,
+        num_scan_inputs=2,
+        scan_input_axes=[2, 2],
+        scan_output_axes=[2],
+    )
+    return entering
+
+
+@script(DOMAIN, default_opset=opset18)
 def EnteringStates(decay: FLOAT[...], end: FLOAT[...], lines: INT64[1]) -> FLOAT[...]:
     """The states that enter lines, of those that lines from zero end with.
 
@@ -69,23 +94,7 @@ def EnteringStates(decay: FLOAT[...], end: FLOAT[...], lines: INT64[1]) -> FLOAT
         op.Shape(end, start=2),
         axis=0,
     )
-    ends = op.Reshape(end, of_sequences)
-    zero = op.Constant(value_float=0.0)
-    first = op.Mul(op.Gather(ends, op.Constant(value_int=0), axis=2), zero)
-
-    @graph()
-    def follow(h: FLOAT[...], decay_p: FLOAT[...], end_p: FLOAT[...]):
-        return op.Add(op.Mul(decay_p, h), end_p), op.Identity(h)
-
-    _, entering = op.Scan(
-        first,
-        op.Reshape(decay, of_sequences),
-        ends,
-        body=follow,
-        num_scan_inputs=2,
-        scan_input_axes=[2, 2],
-        scan_output_axes=[2],
-    )
+    entering = CarriedStates(op.Reshape(decay, of_sequences), op.Reshape(end, of_sequences))
     return op.Reshape(entering, shape)
 
 
@@ -488,8 +497,7 @@ def StateSpaceDual(
     heads_and_width = op.Shape(x, start=3)
     flat = op.Reshape(x, op.Concat(op.Shape(x, start=0, end=3), last, axis=0))
 
-    middle = op.Constant(value_ints=[1])
-    steps = Chunks(StepSize(op.Add(dt, op.Unsqueeze(dt_bias, middle))), size, count)
+    steps = Chunks(StepSize(op.Add(dt, op.Unsqueeze(dt_bias, one))), size, count)
     # Of shape (B, K, c, heads, T, 1).
     steps = op.Unsqueeze(op.Transpose(steps, perm=[0, 1, 2, 4, 3]), last)
     rates = op.Unsqueeze(A, op.Constant(value_ints=[1, 3, 4]))
@@ -514,37 +522,12 @@ def StateSpaceDual(
     inside = op.MatMul(op.Mul(products, between), drive)
 
     # The decay to the end of a chunk is its last row, (B, K, c, heads, T, 1).
-    until_end = op.Transpose(
-        op.Slice(
-            between,
-            last,
-            op.Constant(value_ints=[9223372036854775807]),
-            op.Constant(value_ints=[4]),
-        ),
-        perm=[0, 1, 2, 3, 5, 4],
-    )
+    rows = op.Constant(value_ints=[4])
+    stop = op.Constant(value_ints=[9223372036854775807])
+    until_end = op.Transpose(op.Slice(between, last, stop, rows), perm=[0, 1, 2, 3, 5, 4])
     ends = op.MatMul(op.Transpose(op.Mul(drive, until_end), perm=[0, 1, 2, 3, 5, 4]), B_chunks)
-    decays = op.Slice(
-        since_start,
-        last,
-        op.Constant(value_ints=[9223372036854775807]),
-        op.Constant(value_ints=[4]),
-    )
-    first = op.Mul(op.Gather(ends, op.Constant(value_int=0), axis=2), op.Constant(value_float=0.0))
-
-    @graph()
-    def follow(h: FLOAT[...], decay_c: FLOAT[...], end_c: FLOAT[...]):
-        return op.Add(op.Mul(decay_c, h), end_c), op.Identity(h)
-
-    _, entering = op.Scan(
-        first,
-        decays,
-        ends,
-        body=follow,
-        num_scan_inputs=2,
-        scan_input_axes=[2, 2],
-        scan_output_axes=[2],
-    )
+    decays = op.Slice(since_start, last, stop, rows)
+    entering = CarriedStates(decays, ends)
     carried = op.MatMul(C_chunks, op.Transpose(entering, perm=[0, 1, 2, 3, 5, 4]))
     y = op.Add(inside, op.Mul(carried, since_start))
     y = op.Transpose(y, perm=[0, 1, 2, 4, 3, 5])
@@ -552,7 +535,7 @@ def StateSpaceDual(
     y = op.Slice(
         op.Reshape(y, joined), op.Constant(value_ints=[0]), length, op.Constant(value_ints=[2])
     )
-    return op.Add(y, op.Mul(x, op.Unsqueeze(D, middle)))
+    return op.Add(y, op.Mul(x, op.Unsqueeze(D, one)))
 
 
 def state_space_dual(
