@@ -94,7 +94,9 @@ def _of_pattern(name: str, height: int, width: int, device: torch.device) -> Pat
     return _make(name, height, width).to(device)
 
 
+@functools.lru_cache(maxsize=64)
 def _make(name: str, height: int, width: int) -> PathLists:
+    """The lists on the CPU, for every device and for rehearsals, which ask for them often."""
     pattern = find_listed(name)
     if pattern is None:
         raise ValueError(

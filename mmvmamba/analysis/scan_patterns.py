@@ -1,7 +1,9 @@
 """The paths along which the map is scanned: their order, a picture of them, and what they cost."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,19 +26,18 @@ from mmvmamba_kernels.patterns import PATTERNS, Path, find_listed, pattern_paths
 class ListedPath:
     """A path of a scan whose paths are lists of positions.
 
+    It is one sequence, in an order of its own.
+
     Attributes:
         scan: The scan.
         k: The path's number.
-        column_major: Never: it is one sequence, in an order of its own.
-        reverse: Likewise.
-        per_line: Likewise.
     """
 
     scan: str
     k: int
-    column_major: bool = False
-    reverse: bool = False
-    per_line: bool = False
+    column_major: ClassVar[bool] = False
+    reverse: ClassVar[bool] = False
+    per_line: ClassVar[bool] = False
 
 
 def paths_of(scan: ScanName) -> tuple[Path | ListedPath, ...]:
@@ -67,8 +68,7 @@ def path_positions(path: Path | ListedPath, height: int, width: int) -> np.ndarr
         position.
     """
     if isinstance(path, ListedPath):
-        paths = pattern_paths(path.scan, find_listed(path.scan), height, width)
-        visited = paths[path.k].numpy()
+        visited = _listed_positions(path.scan, height, width)[path.k]
         return visited[None, visited >= 0]
     lines = np.arange(height * width).reshape(height, width)
     if path.column_major:
@@ -76,6 +76,12 @@ def path_positions(path: Path | ListedPath, height: int, width: int) -> np.ndarr
     if not path.per_line:
         lines = lines.reshape(1, -1)
     return lines[:, ::-1] if path.reverse else lines
+
+
+@functools.lru_cache(maxsize=16)
+def _listed_positions(scan: str, height: int, width: int) -> np.ndarray:
+    """All paths of a scan, (K, L): they are made and checked together."""
+    return pattern_paths(scan, find_listed(scan), height, width).numpy()
 
 
 def path_name(path: Path | ListedPath) -> str:
