@@ -62,6 +62,22 @@ class Ranked(NamedTuple):
     output: object
 
 
+def build_of_timm(name: str, size: tuple[int, int] | None, **options) -> nn.Module:
+    """Makes a model of timm with random weights.
+
+    Args:
+        name: What timm calls it.
+        size: Height and width of the images in pixels, for models that are made for one size; None
+            for the model's own.
+        **options: Of `timm.create_model`.
+    """
+    import timm
+
+    if size is not None and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        options["img_size"] = size
+    return timm.create_model(name, **options)
+
+
 def silence(model: nn.Module) -> None:
     """Turns dropout and stochastic depth off, in place.
 

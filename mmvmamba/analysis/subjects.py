@@ -15,7 +15,7 @@ from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
-from mmvmamba.analysis.measured import NUM_CLASSES, PEERS, Ranked, Subject
+from mmvmamba.analysis.measured import NUM_CLASSES, PEERS, Ranked, Subject, build_of_timm
 from mmvmamba.compat import install_command
 from mmvmamba.engine.cli import load_config, tell_notices
 from mmvmamba.engine.errors import UsageError
@@ -112,12 +112,8 @@ def _build_by_name(name: str, size: tuple[int, int] | None, backbone_only: bool)
         if size is not None:
             cfg.backbone.img_size = size
         return _build_from_config(library, cfg, backbone_only)
-    import timm
-
     kind = {"features_only": True} if backbone_only else {"num_classes": NUM_CLASSES}
-    if size is not None and getattr(timm.get_pretrained_cfg(target), "fixed_input_size", False):
-        kind["img_size"] = size
-    return timm.create_model(target, **kind)
+    return build_of_timm(target, size, **kind)
 
 
 def _build_vmamba(arch: str, with_cp: bool, backbone_only: bool) -> nn.Module:

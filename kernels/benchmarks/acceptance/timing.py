@@ -152,13 +152,10 @@ PEERS = ("swin-tiny", "convnext-tiny", "deit-small")
 
 def _peer(name: str) -> Callable[[tuple[int, int]], nn.Module]:
     def build(size: tuple[int, int]) -> nn.Module:
-        import timm
-
+        from mmvmamba.analysis.measured import NUM_CLASSES, build_of_timm
         from mmvmamba.analysis.measured import PEERS as LIBRARY
 
-        target = LIBRARY[name][1]
-        fixed = getattr(timm.get_pretrained_cfg(target), "fixed_input_size", False)
-        return timm.create_model(target, num_classes=1000, **({"img_size": size} if fixed else {}))
+        return build_of_timm(LIBRARY[name][1], size, num_classes=NUM_CLASSES)
 
     return build
 
