@@ -14,10 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvmamba.analysis.measured import Ranked, image_channels, random_images, tensors
 from mmvmamba.models import VMamba
+from mmvmamba.models.precompile import MODES
 from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
 PASSES = ("inference", "training")
-PRECISIONS = ("fp32", "autocast-bf16", "autocast-fp16", "bf16")
+PRECISIONS = tuple(MODES)
 RUNTIMES = ("onnxruntime", "openvino")
 EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph", *RUNTIMES)
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -27,7 +28,7 @@ PrecisionName = Literal["fp32", "autocast-bf16", "autocast-fp16", "bf16"]
 ExecutionName = Literal["eager", "compiled", "graph", "compiled+graph", "onnxruntime", "openvino"]
 MemoryFormatName = Literal["channels-last", "contiguous"]
 
-AUTOCAST_DTYPES = {"autocast-bf16": torch.bfloat16, "autocast-fp16": torch.float16}
+AUTOCAST_DTYPES = {name: autocast for name, (_, autocast) in MODES.items() if autocast}
 
 # Largest accepted |mode - reference| / |reference| (L2 norms) of the outputs and, over all
 # parameters together, of the gradients. TF32 has the mantissa of float16.
