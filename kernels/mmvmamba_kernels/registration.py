@@ -341,9 +341,7 @@ class Operator:
         return self._flops(self._arguments(*shapes[: len(self._arguments._fields)]))
 
     def _scan_flops(self, shapes: NamedTuple) -> int:
-        # 9 N per element, as the authors of Mamba count, and one for the skip.
-        elements, states = self._sizes(shapes)
-        return elements * (9 * states + (shapes.D is not None))
+        return scan_flops(*self._sizes(shapes), skip=shapes.D is not None)
 
     def _backward_flops(self, _grad_out_shape, _carries_shape, *shapes, **_) -> int:
         # As PyTorch's own formulas count a backward pass.
@@ -353,6 +351,17 @@ class Operator:
 def _is_differentiable(tensor: Tensor | None) -> bool:
     """Whether an argument has a gradient: paths have none, nor what is absent."""
     return tensor is not None and tensor.is_floating_point()
+
+
+def scan_flops(elements: int, states: int, skip: bool = True) -> int:
+    """Operations of a selective scan, as the authors of Mamba count them.
+
+    Args:
+        elements: Scanned ones: channels times positions of all sequences.
+        states: N.
+        skip: Whether there is a skip connection.
+    """
+    return elements * (9 * states + skip)
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager:

@@ -14,7 +14,12 @@ from torch.utils.flop_counter import register_flop_formula
 from mmvmamba_kernels.arguments import FLOATING, check_shape, check_tensors, state_dtype
 from mmvmamba_kernels.dispatch import Problem, check_name, resolve
 from mmvmamba_kernels.layer_norm.api import layer_norm
-from mmvmamba_kernels.registration import OperatorPair, autocast_off, may_need_gradients
+from mmvmamba_kernels.registration import (
+    OperatorPair,
+    autocast_off,
+    may_need_gradients,
+    scan_flops,
+)
 from mmvmamba_kernels.selective_scan_2d.api import check_arguments, scan_sizes, selective_scan_2d
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
 
@@ -201,15 +206,10 @@ _pair = OperatorPair(
 @register_flop_formula(getattr(torch.ops.mmvmamba, _OP))
 def _forward_flops(*shapes, **_) -> int:
     *scan, _weight, _bias, _eps, _out_dtype, pattern, _save = shapes
-    return _scan_flops(Arguments(*scan, pattern=pattern))
+    return scan_flops(*scan_sizes(Arguments(*scan, pattern=pattern)))
 
 
 @register_flop_formula(getattr(torch.ops.mmvmamba, f"{_OP}_backward"))
 def _backward_flops(_grad, _total, _statistics, _carries, *shapes, **_) -> int:
     *scan, _weight, _bias, pattern = shapes
-    return 2 * _scan_flops(Arguments(*scan, pattern=pattern))
-
-
-def _scan_flops(shapes: Arguments) -> int:
-    elements, states = scan_sizes(shapes)
-    return elements * (9 * states + 1)
+    return 2 * scan_flops(*scan_sizes(Arguments(*scan, pattern=pattern)))
