@@ -1,19 +1,26 @@
 """Adds to the wheel what OpenMMLab's tools look for beside the code: configs, tools, the index.
 
-Everything else stands in pyproject.toml. No import of torch happens here, so that an isolated build
-needs setuptools alone, unless compiled kernels are asked for: MMVMAMBA_WITH_EXT=1 builds those for
-the CPU and, if PyTorch was built for CUDA, those for NVIDIA GPUs; MMVMAMBA_WITH_EXT=cpu only the
-former.
+Everything else stands in pyproject.toml. An isolated build needs setuptools alone. Compiled kernels
+go into the wheel if they are asked for: MMVMAMBA_WITH_EXT=cpu builds those for the CPU, which needs
+a C++ compiler and no PyTorch; MMVMAMBA_WITH_EXT=1 needs PyTorch, and builds those for NVIDIA GPUs
+too if that PyTorch was built for CUDA.
 """
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # Before setuptools 70.1.
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 MIM_FILES = ("configs", "tools", "model-index.yml")
@@ -28,26 +35,48 @@ def build_kernels(folder: Path) -> None:
     """
     if WITH_EXT not in ("1", "cpu"):
         raise SystemExit(f"MMVMAMBA_WITH_EXT must be 0, 1 or cpu, got {WITH_EXT!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = _load_compiler()
+    try:
+        # First, since what it lacks most often, nvcc, is known at once.
+        if WITH_EXT == "1":
+            _build_cuda(folder)
+        compiler.compile_library(folder)
+    except RuntimeError as error:
+        raise SystemExit(f"cannot build the compiled kernels: {error}") from error
+
+
+def _load_compiler() -> ModuleType:
+    """The module alone: its package imports PyTorch."""
+    path = ROOT / "kernels/mmvmamba_kernels/backends/native/compiler.py"
+    spec = importlib.util.spec_from_file_location("mmvmamba_compiler", path)
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look for it.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build_cuda(folder: Path) -> None:
     sys.path.insert(0, str(ROOT / "kernels"))
     try:
         import torch
     except ImportError as error:
         raise SystemExit(
-            f"MMVMAMBA_WITH_EXT={WITH_EXT} needs PyTorch to build ({error}): install it first "
-            "and call pip with --no-build-isolation"
+            f"MMVMAMBA_WITH_EXT=1 needs PyTorch to build ({error}): install it first and call pip "
+            "with --no-build-isolation, or set MMVMAMBA_WITH_EXT=cpu, which needs none"
         ) from error
+    if torch.version.cuda is None:
+        return
     from mmvmamba_kernels.backends.native import build
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with_cuda = WITH_EXT == "1" and torch.version.cuda is not None
     try:
-        # First, since what it lacks most often, nvcc, is known at once.
-        if with_cuda:
-            build.build_cuda(destination=folder)
-        build.build(destination=folder)
+        build.build_cuda(destination=folder)
     except build.BuildError as error:
-        advice = " MMVMAMBA_WITH_EXT=cpu builds those for the CPU alone." if with_cuda else ""
-        raise SystemExit(f"cannot build the compiled kernels: {error}{advice}") from error
+        raise SystemExit(
+            f"cannot build the CUDA kernels: {error} MMVMAMBA_WITH_EXT=cpu builds those for the "
+            "CPU alone."
+        ) from error
 
 
 class KernelDistribution(Distribution):
@@ -55,6 +84,14 @@ class KernelDistribution(Distribution):
 
     def has_ext_modules(self):
         return WITH_EXT != "0"
+
+
+class KernelWheel(bdist_wheel):
+    """Names the platform in the wheel, and no Python: the libraries know nothing of it."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if WITH_EXT == "0" else ("py3", "none", platform)
 
 
 class BuildPyWithMim(build_py):
@@ -114,6 +151,10 @@ class EditableWheelForMim(editable_wheel):
 
 
 setup(
-    cmdclass={"build_py": BuildPyWithMim, "editable_wheel": EditableWheelForMim},
+    cmdclass={
+        "bdist_wheel": KernelWheel,
+        "build_py": BuildPyWithMim,
+        "editable_wheel": EditableWheelForMim,
+    },
     distclass=KernelDistribution,
 )

@@ -250,7 +250,7 @@ WHEELS+=-flags$(printf '%s' "$MMCV_CFLAGS" | content_hash)
 stack_key=$(content_hash "$REQUIREMENTS")
 mmcv_key=$(basename "$WHEELS")-$(content_hash "$SOURCES")
 package_key=$(content_hash setup.py pyproject.toml)
-kernels_key=$stack_key-$(find kernels/mmvmamba_kernels/backends/native/{csrc,build.py} -type f -print0 | sort -z | xargs -0 cat | content_hash)
+kernels_key=$(find kernels/mmvmamba_kernels/backends/native/{csrc,compiler.py} -type f -print0 | sort -z | xargs -0 cat | content_hash)
 # Found now rather than after the download.
 free=$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print int($4 / 1048576) }')
 [[ -f $STAMPS/stack ]] || ((free >= DISK_GB)) ||
@@ -265,4 +265,4 @@ if cached; then duration='15 s'; else duration="$((18 / (JOBS < 18 ? JOBS : 18) 
 step mmcv "$mmcv_key" "$duration" "mmcv with operators ($ACCELERATOR)" install_sources
 step mmvmamba "$package_key" '10 s' 'mmvmamba' install_mmvmamba
 WITHOUT='the CPU runs the slower PyTorch version' \
-    step kernels "$kernels_key" '1 min' 'C++ kernels' "$VENV/bin/python" -m mmvmamba_kernels.build
+    step kernels "$kernels_key" '20 s' 'C++ kernels' "$VENV/bin/python" -m mmvmamba_kernels.build

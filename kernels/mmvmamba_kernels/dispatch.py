@@ -95,7 +95,7 @@ def available_backends(op: str | None = None) -> tuple[str, ...]:
     if op is None:
         return tuple(dict.fromkeys(b.name for backends in _registry.values() for b in backends))
     if op not in _registry:
-        raise ValueError(f"unknown operator {op!r}; there are: {', '.join(_registry)}")
+        raise ValueError(f"unknown operator {op!r}, choose from {', '.join(_registry)}")
     return tuple(b.name for b in _registry[op])
 
 
@@ -189,9 +189,9 @@ def choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, list
         if default and default != AUTO:
             if default not in available_backends():
                 raise BackendError(
-                    f"environment variable {ENVIRONMENT_VARIABLE}={default!r} names no backend. "
+                    f"environment variable {ENVIRONMENT_VARIABLE}={default!r} is not a backend. "
                     f"Existing backends: {', '.join((AUTO, *available_backends()))}. "
-                    "Correct it or unset it."
+                    "Set it to one of these or unset it."
                 )
             # A default for all operators does not bind those that have no such backend.
             if default in available_backends(op):

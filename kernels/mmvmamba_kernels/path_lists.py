@@ -100,7 +100,8 @@ def _make(name: str, height: int, width: int) -> PathLists:
     pattern = find_listed(name)
     if pattern is None:
         raise ValueError(
-            f"this process has no scan pattern {name!r}: mmvmamba_kernels.register_pattern adds it"
+            f"the scan pattern {name!r} is not registered in this process: call "
+            "mmvmamba_kernels.register_pattern before the scan"
         )
     with real_values():
         paths = pattern_paths(name, pattern, height, width)

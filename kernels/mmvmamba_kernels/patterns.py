@@ -95,8 +95,8 @@ def register_pattern(
         return
     if name in (*PATTERNS, *_RESERVED) or find_listed(name) is not None:
         raise ValueError(
-            f"there is a scan pattern {name!r} already: choose another name. A function that was "
-            "defined anew is another one, until the process starts again."
+            f"the scan pattern {name!r} is registered already: choose another name. A function "
+            "that was defined again counts as another one; restart the process to use its old name."
         )
     pattern_paths(name, pattern, *_SAMPLE)
     _listed[name] = pattern
@@ -115,8 +115,8 @@ def name_pattern(paths: PathFunction) -> str:
     own = getattr(paths, "__qualname__", type(paths).__name__)
     if "<" in own:
         raise ValueError(
-            f"{own} has no name by which another process would find it: give it one with "
-            "mmvmamba_kernels.register_pattern(name, function), and use the name"
+            f"{own} cannot be found by name in another process: register it with "
+            "mmvmamba_kernels.register_pattern(name, function), and give that name instead"
         )
     base = name = f"{getattr(paths, '__module__', '')}.{own}"
     for number in itertools.count(2):
@@ -160,7 +160,7 @@ def count_directions(op: str, name: str) -> int:
         known = ", ".join((*PATTERNS, *listed_names()))
         raise ValueError(
             f"{op}: pattern must be one of {known}, got {name!r}; "
-            "mmvmamba_kernels.register_pattern adds others"
+            "register others with mmvmamba_kernels.register_pattern"
         )
     return _count_listed(name)
 

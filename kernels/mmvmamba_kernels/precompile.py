@@ -37,7 +37,8 @@ def _backbones() -> tuple[ModuleType, type]:
         )
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"an architecture's kernels are known to mmvmamba, which cannot be imported: {error}"
+            f"precompile needs mmvmamba, which knows the kernels of each architecture, and "
+            f"mmvmamba cannot be imported: {error}"
         ) from error
     return precompile, vmamba.VMamba
 

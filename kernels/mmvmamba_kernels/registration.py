@@ -78,7 +78,7 @@ class OperatorPair:
 
         def refuse(_ctx, *_grads) -> None:
             raise RuntimeError(
-                f"{name} is differentiable once: its backward pass has no gradient. Call "
+                f"{name} can be differentiated only once: its backward pass has no gradient. Call "
                 "backward() or autograd.grad() without create_graph=True."
             )
 

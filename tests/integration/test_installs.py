@@ -230,3 +230,39 @@ def test_configs_can_be_found_by_their_file_name(project):
         path.name for path in (project / "configs").rglob("*.py") if "_base_" not in path.parts
     )
     assert [name for name, count in files.items() if count > 1] == []
+
+
+NO_COMPILER_AND_ANOTHER_PYTORCH = """
+import torch
+from mmvmamba_kernels import selective_scan_2d
+from mmvmamba_kernels.backends.native import compiler, extension
+from mmvmamba_kernels.testing import selective_scan_2d_arguments
+
+try:
+    print(compiler.find_compiler())
+except compiler.BuildError:
+    torch.__version__ = "2.99.0"
+    scan = selective_scan_2d_arguments(1, 5, 7, 6, 3, 2)
+    out = selective_scan_2d(**scan, backend="cpp")
+    torch.testing.assert_close(out, selective_scan_2d(**scan, backend="reference"))
+    print("ran", extension.find_library())
+"""
+
+
+@pytest.mark.slow
+def test_a_platform_wheel_carries_the_library(checkout, tmp_path):
+    """It is built without PyTorch, and runs without a compiler."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "torch.py").write_text("raise ImportError('no PyTorch is here')\n")
+    build = ("-m", "pip", "wheel", "--no-deps", "--quiet", *OFFLINE, "-w", tmp_path, checkout)
+    run_python(*build, cwd=tmp_path, cold=True, PYTHONPATH=str(hidden), MMVMAMBA_WITH_EXT="cpu")
+    (wheel,) = tmp_path.glob("mmvmamba-*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    python = make_environment(tmp_path / "environment")
+    install(python, wheel)
+    program = ("-c", NO_COMPILER_AND_ANOTHER_PYTORCH)
+    environment = {"PYTHONPATH": "", "PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
+    ran = run(python, *program, cwd=tmp_path, **environment).stdout
+    assert ran.startswith("ran ")
+    assert Path(ran.split()[1]).is_relative_to(tmp_path / "environment")

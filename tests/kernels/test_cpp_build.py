@@ -1,18 +1,20 @@
 """Building, finding and loading the compiled library."""
 
+import ctypes
 import functools
 import logging
 import runpy
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import setuptools
 import torch
 
 from mmvmamba_kernels import BackendError, dispatch, selective_scan_2d
-from mmvmamba_kernels.backends.native import build, extension
+from mmvmamba_kernels.backends.native import build, compiler, cpp_scan, extension
 from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
 
@@ -47,10 +49,12 @@ def test_without_the_library_the_reference_takes_over_with_one_warning(nothing_b
         selective_scan_2d(**args)
 
 
-def test_a_library_of_another_pytorch_is_not_loaded(nothing_built):
+def test_a_library_of_other_sources_is_not_loaded(nothing_built):
     nothing_built[1].mkdir()
-    (nothing_built[1] / "libmmvmamba_kernels-0123456789abcdef.so").touch()
-    assert "for another PyTorch" in extension.load()
+    for device, cause in (("cpu", "from other sources"), ("cuda", "for another PyTorch")):
+        prefix = extension.library_name(device).split("-")[0]
+        (nothing_built[1] / f"{prefix}-0123456789abcdef.so").touch()
+        assert cause in extension.load(device)
 
 
 def test_a_broken_library_is_an_error_with_the_reason(nothing_built):
@@ -63,7 +67,7 @@ def test_a_library_that_does_not_load_hides_no_other_one(nothing_built, monkeypa
     """As in a folder that several machines share and this one cannot write to."""
     source = tmp_path / "tiny.cpp"
     source.write_text("int tiny() { return 1; }\n")
-    monkeypatch.setattr(build, "_units", lambda: [build._Unit("tiny", str(source), ())])
+    monkeypatch.setattr(compiler, "_units", lambda: [compiler.Unit("tiny", str(source), ())])
     package, cache = nothing_built
     monkeypatch.setattr(build, "_destination", lambda: cache)
     for folder in nothing_built:
@@ -99,13 +103,37 @@ def test_the_library_for_this_gpu_comes_first(nothing_built, monkeypatch):
     assert extension.find_libraries("cuda") == [package, cache]
 
 
-def test_the_name_depends_on_the_version_of_pytorch(monkeypatch):
+def test_the_name_for_gpus_depends_on_the_version_of_pytorch(monkeypatch):
     name, name_for_gpus = extension.library_name(), extension.library_name("cuda")
     monkeypatch.setattr(torch.version, "cuda", "0.1")
     assert extension.library_name() == name
     assert extension.library_name("cuda") != name_for_gpus
+    name_for_gpus = extension.library_name("cuda")
     monkeypatch.setattr(torch, "__version__", "0.0.1")
-    assert extension.library_name() != name
+    assert extension.library_name("cuda") != name_for_gpus
+    # The CPU's has a C interface, which no PyTorch knows.
+    assert extension.library_name() == name
+
+
+def test_compiling_needs_no_pytorch():
+    """setup.py runs the module alone, in an environment that has setuptools and nothing else."""
+    subprocess.run([sys.executable, "-I", "-S", compiler.__file__], check=True)
+
+
+def test_the_library_has_the_callers_idea_of_its_parameters():
+    assert extension.load() is None
+    params, path = ctypes.c_int64(), ctypes.c_int64()
+    extension.library().mmvmamba_sizes(ctypes.byref(params), ctypes.byref(path))
+    assert params.value == ctypes.sizeof(cpp_scan._Params)
+    assert path.value == ctypes.sizeof(cpp_scan._Path)
+
+
+def test_the_library_uses_the_openmp_runtime_of_pytorch():
+    """A runtime of its own would have threads of its own, and a count of its own."""
+    assert extension.load() is None
+    mapped = Path("/proc/self/maps").read_text()
+    runtimes = {line.split()[-1] for line in mapped.splitlines() if "omp" in line.split("/")[-1]}
+    assert len({Path(name).name for name in runtimes if "gomp" in name}) == 1
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -198,7 +226,7 @@ def test_lists_of_architectures(text, expected):
 
 @pytest.mark.parametrize("text", ["", ";", "80", "Hopper", "8.0;x"])
 def test_what_is_no_list_of_architectures(text):
-    with pytest.raises(build.BuildError, match="is no list of GPU architectures"):
+    with pytest.raises(build.BuildError, match="is not a list of compute capabilities"):
         build.parse_architectures(text)
 
 
@@ -219,7 +247,7 @@ def test_the_choice_of_architectures(monkeypatch, tmp_path):
 
 
 def test_which_gpus_a_library_is_for():
-    library = extension.SOURCES / extension.library_name("cuda", (80, 90))
+    library = compiler.SOURCES / extension.library_name("cuda", (80, 90))
     assert extension.compiled_architectures(library) == (80, 90)
     fits = extension.architectures_fit
     assert fits((80, 90), (8, 0))

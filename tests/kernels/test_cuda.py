@@ -97,16 +97,16 @@ def build_emulation(folder):
     )
     units = [
         # PyTorch's headers take most of the time; what runs long is in the kernels.
-        build._Unit("operators", "cuda/scan_ops.cpp", (*flags, "-O0")),
-        build._Unit("device", str(EMULATION / "device.cpp"), (*flags, "-O2")),
+        build.Unit("operators", "cuda/scan_ops.cpp", (*flags, "-O0")),
+        build.Unit("device", str(EMULATION / "device.cpp"), (*flags, "-O2")),
         *(
-            build._Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", (*flags, "-O1", *kernels))
+            build.Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", (*flags, "-O1", *kernels))
             for dtype in build._MAP_DTYPES
             for kernels in [(f"-DMMVMAMBA_MAP={dtype}", "-x", "c++")]
         ),
     ]
-    compiler = build.find_compiler()
-    return build._make(units, compiler, build._link_flags(), "libcuda_on_cpu.so", folder)
+    link_flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+    return build.make(units, build.find_compiler(), link_flags, "libcuda_on_cpu.so", folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -470,7 +470,7 @@ def test_threads_that_do_not_meet_are_noticed(tmp_path):
     )
     program = tmp_path / "program"
     command = [*build.find_compiler(), f"-I{EMULATION}", build.STANDARD, str(source)]
-    build._run([*command, str(EMULATION / "device.cpp"), "-o", str(program)])
+    build.run([*command, str(EMULATION / "device.cpp"), "-o", str(program)])
     assert subprocess.run([program]).returncode == 3
 
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from architectures import on_architectures
 
-from mmvmamba_kernels.backends.native import build, extension
+from mmvmamba_kernels.backends.native import build, compiler
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def resources(report):
 def test_every_kernel_compiles(architecture, dtype, nvcc, tmp_path):
     if architecture not in build.known_architectures(nvcc):
         pytest.skip(f"{nvcc} does not know sm_{architecture}")
-    source = extension.SOURCES / "cuda" / "scan_kernels.cu"
+    source = compiler.SOURCES / "cuda" / "scan_kernels.cu"
     flags = [
         *build.kernel_flags(dtype, ()),
         f"-arch=sm_{architecture}",

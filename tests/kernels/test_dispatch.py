@@ -46,7 +46,7 @@ def test_every_operator_has_the_reference():
     for op in OPERATORS:
         assert "reference" in available_backends(op)
     assert "reference" in available_backends()
-    with pytest.raises(ValueError, match="unknown operator 'scan'; there are: .*selective_scan,"):
+    with pytest.raises(ValueError, match="unknown operator 'scan', choose from .*selective_scan,"):
         available_backends("scan")
 
 
@@ -112,7 +112,7 @@ def test_a_wrong_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("MMVMAMBA_KERNELS_BACKEND", "cudda")
     args = selective_scan_arguments(1, 1, 1, 1, 3)
     with pytest.raises(
-        BackendError, match="MMVMAMBA_KERNELS_BACKEND='cudda' names no backend.*auto"
+        BackendError, match="MMVMAMBA_KERNELS_BACKEND='cudda' is not a backend.*auto"
     ):
         selective_scan(**args)
 
@@ -194,7 +194,7 @@ def test_cold_import_needs_torch_alone_and_loads_no_library():
         from mmvmamba_kernels.testing import selective_scan_2d_arguments
 
         import torch
-        assert not hasattr(torch.ops.mmvmamba_cpp, "scan_forward")
+        assert "libmmvmamba_kernels" not in open("/proc/self/maps").read()
         args = selective_scan_2d_arguments(1, 3, 3, 2, 1, 1)
         mmvmamba_kernels.selective_scan_2d(**args).sum().backward()
         loaded = {name.partition(".")[0] for name in sys.modules}

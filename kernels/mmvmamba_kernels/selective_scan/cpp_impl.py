@@ -39,8 +39,8 @@ def _channels_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.transpose(1, 2).to(dtype).contiguous()
 
 
-def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, tuple]]:
-    """The channels and the library's arguments of every group; u and delta are channels-last."""
+def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, cpp_scan.Scan]]:
+    """The channels and the scan of every group; u and delta are channels-last."""
     _, _, A, B, C, D, delta_bias, softplus, _ = scan
     groups, length = B.shape[1], B.shape[3]
     channels = u.shape[2] // groups
@@ -52,7 +52,7 @@ def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, 
         skip, group_bias = (t if t is None else t[None, part] for t in (D, bias))
         yield (
             part,
-            (
+            cpp_scan.Scan(
                 u[..., part],
                 delta[..., part],
                 coefficients[:, :, k],
@@ -62,7 +62,7 @@ def _groups(scan: Arguments, u: Tensor, delta: Tensor) -> Iterator[tuple[slice, 
                 skip,
                 1,
                 length,
-                cpp_scan.path_codes(_PATHS),
+                _PATHS,
                 None,
                 softplus,
             ),
@@ -81,9 +81,8 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     sequences, steps = (_channels_last(t, state_dtype(*scan)) for t in (scan.u, scan.delta))
     carries = sequences.new_empty(carries_shape(scan) if save_carries else (0,))
     out = torch.empty_like(sequences)
-    for k, (part, arguments) in enumerate(_groups(scan, sequences, steps)):
-        saved = carries[k] if save_carries else None
-        torch.ops.mmvmamba_cpp.scan_forward(*arguments, out[..., part], saved)
+    for k, (part, group) in enumerate(_groups(scan, sequences, steps)):
+        cpp_scan.forward(group, out[..., part], carries[k] if save_carries else None)
     return _channels_first(out, scan.out_dtype), carries
 
 
@@ -98,16 +97,9 @@ def backward(
     sequences, steps, grad_out = (_channels_last(t, dtype) for t in (u, delta, grad_out))
     grad_u, grad_steps = torch.empty_like(sequences), torch.empty_like(steps)
     grads = []
-    for k, (part, arguments) in enumerate(_groups(scan, sequences, steps)):
-        grads.append(
-            torch.ops.mmvmamba_cpp.scan_backward(
-                grad_out[..., part],
-                carries[k],
-                *arguments,
-                grad_u[..., part],
-                grad_steps[..., part],
-            )
-        )
+    for k, (part, group) in enumerate(_groups(scan, sequences, steps)):
+        grad_parts = (t[..., part] for t in (grad_u, grad_steps))
+        grads.append(cpp_scan.backward(group, grad_out[..., part], carries[k], *grad_parts))
     coefficients, _, bias, rates, skip = zip(*grads, strict=True)
     # (batch, L, K, 2N) -> (batch, K, 2N, L)
     grad_B, grad_C = torch.cat(coefficients, 2).permute(0, 2, 3, 1).chunk(2, 2)

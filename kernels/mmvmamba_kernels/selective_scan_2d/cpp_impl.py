@@ -23,10 +23,9 @@ def carries_shape(scan: Arguments) -> tuple[int, ...]:
     return cpp_scan.carries_shape(batch, height, width, channels, scan.A.shape[2], scan.directions)
 
 
-def _arguments(scan: Arguments, lists: PathLists | None) -> tuple:
+def _scan(scan: Arguments, lists: PathLists | None) -> cpp_scan.Scan:
     dtype = state_dtype(*scan)
     x, proj, dt_weight, dt_bias, A, D = (t.to(dtype) for t in scan[:6])
-    codes = cpp_scan.path_codes(scan.directions)
     table = None if lists is None else lists.table
     # The library knows skip connections of the whole map alone.
     if scan.partial:
@@ -34,9 +33,9 @@ def _arguments(scan: Arguments, lists: PathLists | None) -> tuple:
     _, height, width, _ = x.shape
     positions = x.contiguous().flatten(1, 2)
     coefficients = proj.contiguous().flatten(1, 2)
-    return (
+    return cpp_scan.Scan(
         *(positions, None, coefficients, dt_weight, dt_bias, A, D),
-        *(height, width, codes, table, True),
+        *(height, width, scan.directions, table, True),
     )
 
 
@@ -50,11 +49,11 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     if scan.x.is_cuda:
         return cuda_impl.forward(scan, save_carries)
     lists = scan.lists()
-    arguments = _arguments(scan, lists)
-    positions = arguments[0]
+    library_scan = _scan(scan, lists)
+    positions = library_scan.x
     out = torch.empty_like(positions)
     carries = positions.new_empty(carries_shape(scan) if save_carries else (0,))
-    torch.ops.mmvmamba_cpp.scan_forward(*arguments, out, carries if save_carries else None)
+    cpp_scan.forward(library_scan, out, carries if save_carries else None)
     if scan.partial:
         out.addcmul_(positions, lists.skips(scan.D.to(out.dtype)))
     return out.view(scan.x.shape).to(scan.x.dtype), carries
@@ -67,11 +66,11 @@ def backward(
     if scan.x.is_cuda:
         return cuda_impl.backward(grad_out, carries, scan)
     lists = scan.lists()
-    arguments = _arguments(scan, lists)
-    positions = arguments[0]
+    library_scan = _scan(scan, lists)
+    positions = library_scan.x
     grad_out = grad_out.to(positions.dtype).contiguous().flatten(1, 2)
     grad_x = torch.empty_like(positions)
-    grads = torch.ops.mmvmamba_cpp.scan_backward(grad_out, carries, *arguments, grad_x, None)
+    grads = cpp_scan.backward(library_scan, grad_out, carries, grad_x, None)
     grad_proj, grad_weight, grad_bias, grad_A, grad_D = grads
     x, proj, dt_weight, dt_bias, A, D = scan[:6]
     if scan.partial:

@@ -38,7 +38,7 @@ def _arguments(scan: Arguments) -> tuple:
         cuda_scan.parameter(A.mT, dtype),
         cuda_scan.parameter(D, dtype),
         *x.shape[:3],
-        cpp_scan.path_codes(scan.directions),
+        cuda_scan.path_codes(scan.directions),
         True,
     )
 

@@ -96,6 +96,6 @@ def refuse_packed(cu_seqlens: Tensor | None) -> None:
     """
     if cu_seqlens is not None:
         raise NotImplementedError(
-            "the stand-in for mamba-ssm has no cu_seqlens (sequences packed into one): no image "
-            "model uses them. Call it once per sequence."
+            "the stand-in for mamba-ssm does not support cu_seqlens (several sequences packed into "
+            "one). Call it once per sequence."
         )

@@ -149,8 +149,8 @@ def mamba_inner_fn(
     given = [f"{name}_weight" for name, weight in weights.items() if weight is not None]
     if given:
         raise NotImplementedError(
-            f"mamba_inner_fn: the stand-in has no {', '.join(given)} (normalised B, C and step "
-            "sizes of language models)"
+            f"mamba_inner_fn: the stand-in does not support {', '.join(given)} (language models "
+            "use them to normalise B, C and the step sizes). Leave them out."
         )
     out = mamba_inner_fn_no_out_proj(
         *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D),

@@ -1,10 +1,9 @@
 """Build the compiled libraries; ``python -m mmvmamba_kernels.build`` is the command.
 
-The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later), with PyTorch 2.14
-and later for C++20 (GCC 11, Clang 14), and the headers that come with PyTorch, no GPU and no other
-package. With ``--cuda`` the one for NVIDIA GPUs is built as well, which needs nvcc of the CUDA
-version that PyTorch was built with, and no GPU either. Libraries go into the package, or into the
-user's cache where the package's folder cannot be written.
+The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later) and nothing else;
+it serves every PyTorch. With ``--cuda`` the one for NVIDIA GPUs is built as well, for this PyTorch:
+it needs nvcc of the CUDA version that PyTorch was built with, and no GPU. Libraries go into the
+package, or into the user's cache where the package's folder cannot be written.
 """
 
 from __future__ import annotations
@@ -12,41 +11,30 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mmvmamba_kernels.backends.native import extension
+from mmvmamba_kernels.backends.native.compiler import (
+    BuildError,
+    Unit,
+    compile_library,
+    find_compiler,
+    make,
+    run,
+)
 
 logger = logging.getLogger(__name__)
 
 # What torch's headers are written in.
 STANDARD = "-std=c++20" if torch.__version__ >= (2, 14) else "-std=c++17"
-_FLAGS = (
-    STANDARD,
-    "-O3",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-    "-Wno-psabi",
-)
-_AVX2 = ("-mavx2", "-mfma")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-
 _CUDA_FLAGS = (STANDARD, "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 # Results below 1e-38 are taken for zero, which saves four instructions at every exponential.
 _KERNEL_FLAGS = ("-ftz=true",)
@@ -60,80 +48,11 @@ Code for 8.0 runs on 8.6 and 8.9 as well, but not as well as their own.
 """
 
 
-class BuildError(RuntimeError):
-    """A library cannot be built; the message says what is missing or what the compiler said."""
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One run of the compiler."""
-
-    name: str
-    source: str
-    flags: tuple[str, ...]
-
-
 def _torch_flags() -> tuple[str, ...]:
     return (
         f"-I{Path(torch.__file__).parent / 'include'}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     )
-
-
-def _units() -> list[_Unit]:
-    """What to compile for the CPU, longest first."""
-    instruction_sets = {"baseline": ()}
-    if platform.machine() in ("x86_64", "AMD64"):
-        instruction_sets |= {"avx2": _AVX2, "avx512": _AVX512}
-    kernels = [
-        _Unit(
-            f"kernels, {name}",
-            "cpu/scan_kernels.cpp",
-            (f"-DMMVMAMBA_ISA={name}", f"-DMMVMAMBA_KERNELS=kKernels{name.title()}", *flags),
-        )
-        for name, flags in instruction_sets.items()
-    ]
-    return [_Unit("operators", "cpu/scan_ops.cpp", (*_torch_flags(), "-fopenmp")), *kernels]
-
-
-def find_compiler() -> list[str]:
-    """The C++ compiler's command: ``$CXX``, or the first of c++, g++ and clang++ on the path.
-
-    Raises:
-        BuildError: If there is none.
-    """
-    asked = shlex.split(os.environ.get("CXX", ""))
-    for command in [asked] if asked else [["c++"], ["g++"], ["clang++"]]:
-        if shutil.which(command[0]):
-            return command
-    missing = f"CXX={shlex.join(asked)} was not found" if asked else "found no C++ compiler"
-    raise BuildError(
-        f"{missing}. Install one (Debian and Ubuntu: apt install g++) or set CXX to its path. "
-        "Without the library everything still runs on the CPU, only slower."
-    )
-
-
-def _run(command: list[str]) -> str:
-    """Run a compiler.
-
-    Returns:
-        What it wrote.
-    """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(
-            f"the compiler failed with exit status {done.returncode}.\n{shlex.join(command)}\n"
-            f"{done.stderr[-4000:]}"
-        )
-    return done.stdout + done.stderr
-
-
-def _link_flags() -> list[str]:
-    libraries = Path(torch.__file__).parent / "lib"
-    # PyTorch's own OpenMP runtime under its own name: a second one would have threads of its own.
-    runtimes = [path.name for path in sorted(libraries.glob("libgomp*.so*"))]
-    openmp = ["-Wl,--as-needed", f"-l:{runtimes[0]}"] if runtimes else []
-    return [f"-L{libraries}", *openmp, "-fopenmp", "-lc10", "-ltorch_cpu"]
 
 
 def _destination() -> Path:
@@ -150,40 +69,10 @@ def _destination() -> Path:
         except OSError as error:
             logger.info("cannot write to %s: %s", folder, error)
     raise BuildError(
-        "no folder for the library can be written: "
+        "the compiled library cannot be saved, none of these folders is writable: "
         + ", ".join(map(str, extension.search_path()))
-        + ". Set XDG_CACHE_HOME to one that can."
+        + ". Set XDG_CACHE_HOME to a writable folder."
     )
-
-
-def _make(
-    units: list[_Unit], compiler: list[str], link_flags: list[str], name: str, destination: Path
-) -> Path:
-    """Compile all units at once and link them.
-
-    Returns:
-        The library's path.
-    """
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=destination) as temporary:
-
-        def compile_unit(unit: _Unit) -> str:
-            target = str(Path(temporary) / f"{units.index(unit)}.o")
-            source = str(extension.SOURCES / unit.source)
-            _run([*compiler, *unit.flags, "-c", source, "-o", target])
-            logger.info("compiled %s (%.0f s)", unit.name, time.perf_counter() - start)
-            return target
-
-        logger.info("compiling %d files with %s", len(units), shlex.join(compiler))
-        with ThreadPoolExecutor(min(len(units), os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_unit, units))
-        linked = Path(temporary) / "library.so"
-        _run([*compiler, "-shared", *objects, *link_flags, "-o", str(linked)])
-        # In one step, so that nobody loads half a file.
-        library = destination / name
-        linked.replace(library)
-    logger.info("built %s (%.0f s)", library, time.perf_counter() - start)
-    return library
 
 
 def build(force: bool = False, destination: Path | None = None) -> Path:
@@ -206,9 +95,7 @@ def build(force: bool = False, destination: Path | None = None) -> Path:
             logger.info("already built: %s", present)
             return present
         extension.load.cache_clear()
-    compiler = [*find_compiler(), *_FLAGS]
-    name = extension.library_name()
-    return _make(_units(), compiler, _link_flags(), name, destination or _destination())
+    return compile_library(destination or _destination())
 
 
 def _package_folders() -> Iterable[Path]:
@@ -240,9 +127,9 @@ def find_nvcc() -> str:
     if nvcc is None:
         looked = f"no bin/nvcc in CUDA_HOME={home}" if home else "found no nvcc"
         raise BuildError(f"{looked}. {advice}")
-    release = re.search(r"release (\d+)\.(\d+)", _run([nvcc, "--version"]))
+    release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
     if release is None or release[1] != wanted.split(".")[0]:
-        found = f"of CUDA {release[1]}.{release[2]}" if release else "of no version that it says"
+        found = f"of CUDA {release[1]}.{release[2]}" if release else "of an unknown CUDA version"
         raise BuildError(f"{nvcc} is {found}, but PyTorch was built with CUDA {wanted}. {advice}")
     return nvcc
 
@@ -261,13 +148,13 @@ def parse_architectures(text: str) -> tuple[int, ...]:
     parts = [part for part in re.split(r"[;,\s]+", text) if part]
     matches = [re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", part) for part in parts]
     if not parts or None in matches:
-        raise BuildError(f"{text!r} is no list of GPU architectures such as '8.0;9.0;12.0'")
+        raise BuildError(f"{text!r} is not a list of compute capabilities such as '8.0;9.0;12.0'")
     return tuple(sorted({int(m[1]) * 10 + int(m[2]) for m in matches}))
 
 
 def known_architectures(nvcc: str) -> set[int]:
     """What a compiler can compile for, ten times compute capability."""
-    return {int(a) for a in re.findall(r"compute_(\d+)", _run([nvcc, "--list-gpu-arch"]))}
+    return {int(a) for a in re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))}
 
 
 def choose_architectures(nvcc: str, asked: str | None = None) -> tuple[int, ...]:
@@ -346,14 +233,14 @@ def build_cuda(
         if (folder / "include" / "cuda_runtime_api.h").is_file()
     ]
     kernels = [
-        _Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", kernel_flags(dtype, chosen))
+        Unit(f"kernels, {dtype}", "cuda/scan_kernels.cu", kernel_flags(dtype, chosen))
         for dtype in _MAP_DTYPES
     ]
-    units = [_Unit("operators", "cuda/scan_ops.cpp", ("-x", "c++", *_torch_flags())), *kernels]
+    units = [Unit("operators", "cuda/scan_ops.cpp", ("-x", "c++", *_torch_flags())), *kernels]
     libraries = Path(torch.__file__).parent / "lib"
     link_flags = [f"-L{libraries}", "-lc10", "-lc10_cuda", "-ltorch_cpu"]
     compiler = [nvcc, *host, *_CUDA_FLAGS, *headers]
-    library = _make(units, compiler, link_flags, name, destination or _destination())
+    library = make(units, compiler, link_flags, name, destination or _destination())
     # Of libraries for other GPUs only one would be found.
     for other in library.parent.glob(f"{Path(extension.library_name('cuda')).stem}-*.so"):
         if other != library:

@@ -1,16 +1,115 @@
-"""What the C++ implementations of the scans share: layouts and the calls into the library."""
+"""What the C++ implementations of the scans share: the library's arguments, buffers and calls."""
 
 from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import c_bool, c_int, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import ceil_div
+from mmvmamba_kernels.backends.native import extension
 from mmvmamba_kernels.patterns import Path
 
-# The library's compile-time sizes: positions of a tile, channels that are computed together.
+# The library's compile-time sizes: positions of a tile, channels and ranks computed together.
 _TILE = 64
 _LANES = 16
+_RANK_LANES = 8
+
+# Images in a wave: bounds the memory of partial gradients.
+_WAVE_IMAGES = 16
+# Tasks that a wave is divided into if there are enough channels.
+_WAVE_TASKS = 32
+
+# PyTorch's own choice, which ATEN_CPU_CAPABILITY lowers; other machines have one set alone.
+_INSTRUCTION_SETS = {"AVX2": 1, "AVX512": 2}
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("image_stride", c_int64), ("position_stride", c_int64)]
+
+
+class _Path(ctypes.Structure):
+    _fields_ = [
+        ("sequences", c_int64),
+        ("length", c_int64),
+        ("sequence_stride", c_int64),
+        ("inner", c_int64),
+        ("inner_stride", c_int64),
+        ("outer_stride", c_int64),
+        ("reverse", c_bool),
+        ("list", c_void_p),
+    ]
+
+
+class _Params(ctypes.Structure):
+    """`ScanParams` of scan_params.h, where its fields are explained."""
+
+    _fields_ = [
+        ("channels", c_int64),
+        ("padded_channels", c_int64),
+        ("positions", c_int64),
+        ("states", c_int),
+        ("rank", c_int),
+        ("directions", c_int),
+        ("softplus", c_bool),
+        ("paths", c_void_p),
+        ("x", _Map),
+        ("delta", _Map),
+        ("out", _Map),
+        ("out_direction_stride", c_int64),
+        ("coefficients", c_void_p),
+        ("coefficients_image_stride", c_int64),
+        ("coefficients_position_stride", c_int64),
+        ("coefficients_direction_stride", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("A", c_void_p),
+        ("skip", c_void_p),
+        ("carries", c_void_p),
+        ("carries_direction_stride", c_int64),
+        ("grad_out", _Map),
+        ("grad_x", _Map),
+        ("grad_delta", _Map),
+        ("weight_by_channel", c_void_p),
+        ("padded_rank", c_int64),
+        ("grad_parameters", c_void_p),
+        ("grad_parameters_slot_stride", c_int64),
+        ("grad_coefficients", c_void_p),
+        ("grad_coefficients_group_stride", c_int64),
+        ("grad_coefficients_image_stride", c_int64),
+    ]
+
+
+class Scan(NamedTuple):
+    """One scan over maps; all tensors are float32, or all float64."""
+
+    x: Tensor
+    """(B, P, D), contiguous channels."""
+    delta: Tensor | None
+    """(B, P, D), contiguous channels."""
+    coefficients: Tensor
+    """(B, P, K, R + 2N), contiguous rows."""
+    weight: Tensor | None
+    """(K, D, R)."""
+    bias: Tensor | None
+    """(K, D)."""
+    A: Tensor
+    """(K, D, N)."""
+    D: Tensor | None
+    """(K, D)."""
+    height: int
+    width: int
+    paths: tuple[Path, ...]
+    table: Tensor | None
+    """(K, 1 + L), int32: the paths as lists, each behind its length."""
+    softplus: bool
 
 
 def carries_shape(
@@ -22,9 +121,76 @@ def carries_shape(
     return len(paths), batch * lines, ceil_div(length, _TILE), states, blocks * _LANES
 
 
-def path_codes(paths: tuple[Path, ...]) -> list[int]:
-    """The paths as the library takes them: bits for column-major, reverse and per line."""
-    return [p.column_major + 2 * p.reverse + 4 * p.per_line for p in paths]
+def forward(scan: Scan, out: Tensor, carries: Tensor | None) -> None:
+    """Writes the output (B, P, D), and into `carries` the states that enter the tiles."""
+    params, _kept = _describe(scan, carries)
+    batch, directions, threads = len(scan.x), params.directions, torch.get_num_threads()
+    tasks = batch * params.padded_channels // _LANES
+    parts = out[None]
+    if directions > 1 and tasks < 2 * threads:
+        # Threads would be idle: each direction has a map of its own. They are added in the order
+        # of the directions, so that bits do not depend on the number of threads.
+        parts = out.new_empty((directions, *out.shape))
+        params.out_direction_stride = parts.stride(0)
+    params.out = _map(parts[0])
+    extension.library().mmvmamba_scan_forward(*_how(params, scan.x, threads), c_int64(batch))
+    if len(parts) > 1:
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out.add_(part)
+
+
+def backward(
+    scan: Scan, grad_out: Tensor, carries: Tensor, grad_x: Tensor, grad_delta: Tensor | None
+) -> Gradients:
+    """Writes the maps' gradients (B, P, D).
+
+    Returns:
+        The gradients of coefficients, weight, bias and A, and that of each direction's D, (D,).
+    """
+    params, kept = _describe(scan, carries)
+    batch, positions, channels = scan.x.shape
+    directions, states = len(scan.A), scan.A.shape[2]
+    rank, padded, padded_rank = params.rank, params.padded_channels, params.padded_rank
+    by_channel = _padded(scan.weight, (directions, padded, padded_rank), scan.x)
+    blocks, rows = padded // _LANES, rank + 1 + states
+    slots = min(max(batch, 1), _WAVE_IMAGES)
+    groups = min(max(_WAVE_TASKS // slots, 1), blocks)
+    parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
+    partial = scan.x.new_empty((groups, slots, positions, directions, padded_rank + 2 * states))
+    kept += (by_channel, parameters, partial)
+    params.grad_out, params.grad_x = _map(grad_out), _map(grad_x)
+    if grad_delta is not None:
+        params.grad_delta = _map(grad_delta)
+    params.weight_by_channel = by_channel.data_ptr()
+    params.grad_parameters = parameters.data_ptr()
+    params.grad_parameters_slot_stride = parameters.stride(0)
+    params.grad_coefficients = partial.data_ptr()
+    params.grad_coefficients_group_stride = partial.stride(0)
+    params.grad_coefficients_image_stride = partial.stride(1)
+
+    grad_coefficients = torch.empty_like(scan.coefficients, memory_format=torch.contiguous_format)
+    for first in range(0, batch, slots):
+        images = min(slots, batch - first)
+        partial.zero_()
+        how = _how(params, scan.x, torch.get_num_threads())
+        # Plain integers would go as C's int.
+        numbers = map(c_int64, (first, images, groups))
+        extension.library().mmvmamba_scan_backward(*how, *numbers)
+        total = _sum_in_place(partial)[:images]
+        target = grad_coefficients[first : first + images]
+        target[..., :rank] = total[..., :rank]
+        target[..., rank:] = total[..., padded_rank:]
+
+    total = _sum_in_place(parameters)[:, :channels]
+    of_direction = total[:-1].unflatten(0, (directions, rows))
+    return (
+        grad_coefficients,
+        of_direction[:, :rank].transpose(1, 2),
+        of_direction[:, rank],
+        of_direction[:, rank + 1 :].transpose(1, 2),
+        total[-1],
+    )
 
 
 def cast_like(gradient: Tensor, argument: Tensor | None) -> Tensor | None:
@@ -32,3 +198,111 @@ def cast_like(gradient: Tensor, argument: Tensor | None) -> Tensor | None:
     if argument is None:
         return None
     return gradient.to(argument.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _describe(scan: Scan, carries: Tensor | None) -> tuple[_Params, tuple]:
+    """The library's parameters, and what they point to and the caller has to keep."""
+    x, coefficients = scan.x, scan.coefficients
+    directions, channels, states = scan.A.shape
+    rank = 0 if scan.weight is None else scan.weight.shape[2]
+    padded = ceil_div(channels, _LANES) * _LANES
+    by_rank = None if scan.weight is None else scan.weight.transpose(1, 2)
+    total = None if scan.D is None else scan.D.sum(0)
+    weight = _padded(by_rank, (directions, rank, padded), x)
+    bias = _padded(scan.bias, (directions, padded), x)
+    A = _padded(scan.A.transpose(1, 2), (directions, states, padded), x)
+    skip = _padded(total, (padded,), x)
+    paths = _paths(scan)
+    params = _Params(
+        channels=channels,
+        padded_channels=padded,
+        positions=scan.height * scan.width,
+        states=states,
+        rank=rank,
+        directions=directions,
+        softplus=scan.softplus,
+        paths=ctypes.addressof(paths),
+        x=_map(x),
+        coefficients=coefficients.data_ptr(),
+        coefficients_image_stride=coefficients.stride(0),
+        coefficients_position_stride=coefficients.stride(1),
+        coefficients_direction_stride=coefficients.stride(2),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        A=A.data_ptr(),
+        skip=skip.data_ptr(),
+        padded_rank=ceil_div(rank, _RANK_LANES) * _RANK_LANES,
+    )
+    if scan.delta is not None:
+        params.delta = _map(scan.delta)
+    if carries is not None:
+        params.carries = carries.data_ptr()
+        params.carries_direction_stride = carries.numel() // directions
+    return params, (weight, bias, A, skip, paths)
+
+
+def _how(params: _Params, x: Tensor, threads: int) -> tuple:
+    """What both of the library's functions take first."""
+    set_number = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    return ctypes.byref(params), x.dtype == torch.float64, set_number, threads
+
+
+def _map(tensor: Tensor) -> _Map:
+    """A map (B, P, D), whose channels the library takes for contiguous."""
+    if tensor.numel() > 0 and tensor.shape[2] > 1 and tensor.stride(2) != 1:
+        raise AssertionError(f"channels are not contiguous: strides {tensor.stride()}")
+    return _Map(tensor.data_ptr(), *tensor.stride()[:2])
+
+
+def _padded(tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A contiguous tensor of this shape, with zeros behind the tensor's own rows and columns."""
+    if tensor is not None and tensor.shape == shape:
+        return tensor.contiguous()
+    result = like.new_zeros(shape)
+    if tensor is not None:
+        result[tuple(slice(size) for size in tensor.shape)] = tensor
+    return result
+
+
+def _sum_in_place(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, from the first part to the last, in the first's place."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _paths(scan: Scan) -> ctypes.Array:
+    if scan.table is None:
+        return _computed_paths(scan.paths, scan.height, scan.width)
+    lengths, row = scan.table[:, 0].tolist(), scan.table.stride(0) * scan.table.element_size()
+    first = scan.table.data_ptr() + scan.table.element_size()
+    return _array(
+        [
+            _Path(sequences=1, length=length, list=first + k * row)
+            for k, length in enumerate(lengths)
+        ]
+    )
+
+
+@functools.lru_cache(256)
+def _computed_paths(paths: tuple[Path, ...], height: int, width: int) -> ctypes.Array:
+    return _array([_computed_path(path, height, width) for path in paths])
+
+
+def _computed_path(path: Path, height: int, width: int) -> _Path:
+    length, line_stride, step = (height, 1, width) if path.column_major else (width, width, 1)
+    sequences, steps = path.sequences(height, width)
+    return _Path(
+        sequences=sequences,
+        length=steps,
+        sequence_stride=line_stride if path.per_line else 0,
+        inner=length,
+        inner_stride=step,
+        outer_stride=line_stride,
+        reverse=path.reverse,
+    )
+
+
+def _array(paths: Sequence[_Path]) -> ctypes.Array:
+    return (_Path * len(paths))(*paths)

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import hashlib
 import os
-import platform
 from pathlib import Path
 
 import torch
 
+from mmvmamba_kernels.backends.native import compiler
 from mmvmamba_kernels.dispatch import Problem
 
 BUILD_COMMAND = "python -m mmvmamba_kernels.build"
 MAX_STATES = 64
-SOURCES = Path(__file__).parent / "csrc"
 
 DEVICES = ("cpu", "cuda")
 """Kinds of device that have a library of their own."""
 
+# By device. Those for GPUs register operators with PyTorch; the CPU's is called through ctypes.
+_loaded: dict[str, tuple[Path, ctypes.CDLL]] = {}
+
 
 def library_name(device: str = "cpu", architectures: tuple[int, ...] = ()) -> str:
-    """File name of the library for these sources, this PyTorch and this kind of machine.
+    """File name of a library for these sources and this kind of machine.
 
-    A library built for anything else has another name, so that it is never loaded.
+    A library built for anything else has another name, so that it is never loaded. Those for GPUs
+    use PyTorch's C++ interface, which changes with its version.
 
     Args:
         device: Which library, of those of :data:`DEVICES`.
         architectures: The GPUs that it is compiled for, ten times their compute capability.
     """
-    parts = [torch.__version__, platform.system(), platform.machine()]
-    if device == "cuda":
-        parts.append(str(torch.version.cuda))
-    digest = hashlib.sha256(" ".join(parts).encode())
-    others = [SOURCES / other for other in DEVICES if other != device]
-    for path in sorted(SOURCES.rglob("*")):
-        if path.is_file() and not any(path.is_relative_to(other) for other in others):
-            digest.update(path.name.encode() + path.read_bytes())
-    kind = "" if device == "cpu" else f"_{device}"
+    if device == "cpu":
+        return compiler.library_name()
+    digest = compiler.digest(["cpu"], [torch.__version__, str(torch.version.cuda)])
     suffix = "".join(f"-sm{a}" for a in architectures)
-    return f"libmmvmamba_kernels{kind}-{digest.hexdigest()[:16]}{suffix}.so"
+    return f"libmmvmamba_kernels_{device}-{digest}{suffix}.so"
 
 
 def compiled_architectures(library: Path) -> tuple[int, ...]:
@@ -83,8 +80,8 @@ def find_library(device: str = "cpu") -> Path | None:
         device: Which library, of those of :data:`DEVICES`.
     """
     found = find_libraries(device)
-    loaded = [path for path in found if os.path.realpath(path) in torch.ops.loaded_libraries]
-    return next(iter(loaded + found), None)
+    loaded, _ = _loaded.get(device, (None, None))
+    return loaded if loaded in found else next(iter(found), None)
 
 
 def build_command(device: str = "cpu") -> str:
@@ -104,7 +101,7 @@ def load(device: str = "cpu") -> str | None:
     failures = []
     for path in find_libraries(device):
         try:
-            torch.ops.load_library(path)
+            _loaded[device] = path, _open(path, device)
         except OSError as error:
             # Such as one for a later C library, from a folder that several machines share.
             failures.append(str(error))
@@ -114,12 +111,31 @@ def load(device: str = "cpu") -> str | None:
         return f"the {name} does not load ({'; '.join(failures)}); run: {command}"
     prefix = library_name(device).split("-")[0]
     others = any(any(folder.glob(f"{prefix}-*.so")) for folder in search_path())
-    state = (
-        f"was built from other sources or for another PyTorch than {torch.__version__}"
-        if others
-        else "is not built"
-    )
+    state = "is not built"
+    if others:
+        state = "was built from other sources or for another kind of machine"
+        if device == "cuda":
+            state += f", or for another PyTorch than {torch.__version__}"
     return f"the {name} {state}; run: {command}"
+
+
+def _open(path: Path, device: str) -> ctypes.CDLL:
+    if device != "cpu":
+        torch.ops.load_library(path)
+        return ctypes.CDLL(path)
+    try:
+        return ctypes.CDLL(path)
+    except OSError as error:
+        if "GOMP" not in str(error):
+            raise
+        # PyTorch did not make its OpenMP runtime known to other libraries: a build of one's own.
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(path)
+
+
+def library() -> ctypes.CDLL:
+    """The CPU's library, which :func:`load` has loaded."""
+    return _loaded["cpu"][1]
 
 
 def architectures_fit(architectures: tuple[int, ...], capability: tuple[int, int]) -> bool:

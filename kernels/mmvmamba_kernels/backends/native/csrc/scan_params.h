@@ -1,5 +1,5 @@
-// What one selective scan over maps consists of. Plain data, so that host code and kernels of any
-// compiler agree on it.
+// What one selective scan over maps consists of. Plain data, so that code of any compiler and
+// language agrees on it: cpp_scan.py has the same fields in the same order.
 //
 // Shape letters: B batch, P positions of a map, K directions, D channels, N state dimension,
 // R rank of the step sizes. All strides count elements; channels are contiguous.
@@ -59,6 +59,8 @@ struct ScanParams {
   Map x;
   Map delta;  // No data where step sizes come from the low rank alone.
   Map out;
+  // From the map that one direction is summed into to the next one's; 0 if all have one map.
+  int64_t out_direction_stride;
 
   // (B, P, K, R + 2N): the low rank, B and C of every direction.
   const T* coefficients;

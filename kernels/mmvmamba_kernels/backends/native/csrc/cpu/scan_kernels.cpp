@@ -131,16 +131,20 @@ struct Direction {
 };
 
 template <typename T>
-void forward(const ScanParams<T>& p, int64_t image, int64_t block) {
+void forward(const ScanParams<T>& p, int64_t image, int64_t block, int begin, int end) {
+  typename ScanParams<T>::Map out = p.out;
+  out.data += begin * p.out_direction_stride;
   {
     const Direction<T> any(p, image, block, 0);
-    const Lanes<T> skip = any.parameter(p.skip, 0, 0);
-    for (int64_t i = 0; i < p.positions; ++i) any.store(skip * any.load(p.x, i), p.out, i);
+    const Lanes<T> skip = any.parameter(p.skip, 0, 0), none(T(0));
+    for (int64_t i = 0; i < p.positions; ++i) {
+      any.store(begin == 0 ? skip * any.load(p.x, i) : none, out, i);
+    }
   }
   Tile<T> tile;
   Lanes<T> state[kMaxStates];
   Lanes<T> y[kTile];
-  for (int k = 0; k < p.directions; ++k) {
+  for (int k = begin; k < end; ++k) {
     const Direction<T> direction(p, image, block, k);
     const Path& path = direction.path();
     for (int64_t s = 0; s < path.sequences; ++s) {
@@ -150,7 +154,7 @@ void forward(const ScanParams<T>& p, int64_t image, int64_t block) {
           T* carry = direction.carry(s, index);
           for (int n = 0; n < p.states; ++n) state[n].store(carry + n * p.padded_channels);
         }
-        direction.locate(s, index, p.out, tile);
+        direction.locate(s, index, out, tile);
         direction.raw_steps(tile);
         for (int t = 0; t < tile.count; ++t) {
           if (p.softplus) tile.delta[t] = softplus<T, false>(tile.delta[t]).value;
@@ -168,7 +172,7 @@ void forward(const ScanParams<T>& p, int64_t image, int64_t block) {
           state[n] = h;
         }
         for (int t = 0; t < tile.count; ++t) {
-          direction.add(y[t], p.out, tile.position[t]);
+          direction.add(y[t], out, tile.position[t]);
         }
       }
     }

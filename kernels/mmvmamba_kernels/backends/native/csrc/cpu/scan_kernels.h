@@ -7,8 +7,9 @@ namespace mmvmamba {
 
 template <typename T>
 struct ScanKernels {
-  // One block of channels of one image: all directions, summed into `out`.
-  void (*forward)(const ScanParams<T>& params, int64_t image, int64_t block);
+  // One block of channels of one image: the directions [begin, end), summed into `out`. The skip
+  // connection comes with the first.
+  void (*forward)(const ScanParams<T>& params, int64_t image, int64_t block, int begin, int end);
 
   // The gradients of the blocks [first, last) of one image. `slot` and `group` say where its parts
   // of the parameters' and the coefficients' gradients go.
