@@ -20,12 +20,15 @@ from mmvmamba.models.vmamba import COMPILE_OPTIONS
 PASSES = ("inference", "training")
 PRECISIONS = tuple(MODES)
 RUNTIMES = ("onnxruntime", "openvino")
-EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph", *RUNTIMES)
+FROZEN = "compiled+frozen"
+EXECUTIONS = ("eager", "compiled", FROZEN, "graph", "compiled+graph", *RUNTIMES)
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 PassName = Literal["inference", "training"]
 PrecisionName = Literal["fp32", "autocast-bf16", "autocast-fp16", "bf16"]
-ExecutionName = Literal["eager", "compiled", "graph", "compiled+graph", "onnxruntime", "openvino"]
+ExecutionName = Literal[
+    "eager", "compiled", "compiled+frozen", "graph", "compiled+graph", "onnxruntime", "openvino"
+]
 MemoryFormatName = Literal["channels-last", "contiguous"]
 
 AUTOCAST_DTYPES = {name: autocast for name, (_, autocast) in MODES.items() if autocast}
@@ -55,7 +58,8 @@ class Case:
             and images in bfloat16.
         batch: Images in a batch.
         size: Height and width of the images in pixels.
-        execution: 'eager', 'compiled' (`torch.compile`), 'graph' (a CUDA graph of the whole pass),
+        execution: 'eager', 'compiled' (`torch.compile`), 'compiled+frozen' (with the weights as
+            constants, Inductor's option `freezing`), 'graph' (a CUDA graph of the whole pass),
             'compiled+graph', or one of `RUNTIMES`, to which the model is exported.
         memory_format: Of weights and images: 'channels-last' or 'contiguous'.
     """
@@ -86,14 +90,19 @@ class Case:
         """Refuses what a device cannot do.
 
         Raises:
-            ValueError: If the case needs a CUDA graph and the device is not CUDA, or a runtime
-                that is for inference in fp32 on the CPU and the case is something else.
+            ValueError: If the case needs a CUDA graph and the device is not CUDA, constant weights
+                and trains, or a runtime that is for inference in fp32 on the CPU and the case is
+                something else.
         """
         other = (self.passes, self.precision, device.type) != ("inference", "fp32", "cpu")
         if self.execution in RUNTIMES and other:
             raise ValueError(
                 f"{self.execution} runs inference in fp32 on the CPU: give --passes inference "
                 "--precision fp32 --device cpu."
+            )
+        if self.execution == FROZEN and self.passes != "inference":
+            raise ValueError(
+                f"{FROZEN} makes the weights constant, so it cannot train: give --passes inference."
             )
         if "graph" in self.execution and device.type != "cuda":
             raise ValueError(
@@ -139,7 +148,10 @@ class Step:
             self.images = self.images.to(torch.bfloat16)
         if "compiled" in self.case.execution:
             ours = any(isinstance(module, VMamba) for module in model.modules())
-            model = torch.compile(model, options=COMPILE_OPTIONS if ours else None)
+            options = COMPILE_OPTIONS if ours else {}
+            if self.case.execution == FROZEN:
+                options = options | {"freezing": True}
+            model = torch.compile(model, options=options)
         if self.case.execution in RUNTIMES:
             from mmvmamba.deployment.runtimes import in_runtime
 

@@ -154,11 +154,18 @@ def test_a_compiled_model_is_measured(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", note)
     ours = Subject("ours", lambda _: nn.Sequential(VMamba({"dims": 8, "depths": [1]})))
-    for subject in (ours, small()):
-        result = measure_one(subject, Case("inference", "fp32", 1, (16, 16), "compiled"))
-        assert not result.failure
+    for execution in ("compiled", "compiled+frozen"):
+        for subject in (ours, small()):
+            result = measure_one(subject, Case("inference", "fp32", 1, (16, 16), execution))
+            assert not result.failure
     # Others keep Inductor's layout pass, which is good for them.
-    assert compiled == [{"layout_optimization": False}, None]
+    layout, frozen = {"layout_optimization": False}, {"freezing": True}
+    assert compiled == [layout, {}, layout | frozen, frozen]
+
+
+def test_constant_weights_do_not_train():
+    with pytest.raises(ValueError, match="cannot train: give --passes inference"):
+        measure_case([small()], Case("training", "fp32", 1, (8, 8), "compiled+frozen"), CPU, 0)
 
 
 @pytest.mark.parametrize("name", list(passes.MEMORY_FORMATS))
