@@ -161,17 +161,17 @@ def read_checkpoint(source: str | Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{path} holds more than weights, or is no checkpoint, and was not opened: "
-                f"{str(error).splitlines()[0]} If you made it yourself, save its state dict alone."
+                f"{path} was not loaded: it contains more than weights, or it is not a checkpoint. "
+                f"{str(error).splitlines()[0]} If you made it yourself, save only its state dict."
             ) from error
         except DAMAGE as error:
             raise CheckpointError(
-                f"{path} cannot be read as a checkpoint, it is damaged or incomplete: "
+                f"{path} cannot be read as a checkpoint: it is damaged or incomplete. "
                 f"{_reason(error)} {remedy}"
             ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
-            f"{source} holds a {type(checkpoint).__name__}, expected a dict with a state dict "
+            f"{source} contains a {type(checkpoint).__name__}, expected a dict with a state dict "
             f"(under {', '.join(STATE_DICT_ENTRIES)}) or a state dict itself."
         )
     return checkpoint
@@ -182,8 +182,8 @@ def _download(address: str) -> Path:
     parts = urlparse(address)
     if parts.scheme not in ("http", "https"):
         raise CheckpointError(
-            f"checkpoint {address}: only local paths and http(s) addresses are read. Fetch the "
-            "file and give its path."
+            f"checkpoint {address}: only local paths and http(s) addresses can be read. Download "
+            "the file and give its path."
         )
     # Files of one name lie at many addresses: those of other data sets, or of other releases.
     key = hashlib.sha256(address.encode()).hexdigest()[:16]
@@ -195,8 +195,8 @@ def _download(address: str) -> Path:
             torch.hub.download_url_to_file(address, str(path))
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"checkpoint {address} was not fetched: {error}. Check the address and the "
-                "network, or fetch the file elsewhere and give its path."
+                f"checkpoint {address} could not be downloaded: {error}. Check the address and the "
+                "network, or download the file elsewhere and give its path."
             ) from error
     barrier()
     return path
@@ -233,12 +233,12 @@ def _check_file(path: Path, remedy: str) -> None:
         raise CheckpointError(f"checkpoint {path} is empty. {remedy}")
     if begin.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"checkpoint {path} is what Git LFS left in place of the file. Fetch the file itself: "
+            f"checkpoint {path} is a Git LFS pointer, not the file itself. Download the file with: "
             "git lfs pull"
         )
     if begin.lstrip().startswith(b"<"):
         raise CheckpointError(
-            f"checkpoint {path} is a web page, not a checkpoint: what was fetched is a page about "
+            f"checkpoint {path} is a web page, not a checkpoint: the download saved a page about "
             f"the file, or an error message. {remedy}"
         )
     try:
@@ -251,7 +251,7 @@ def _check_file(path: Path, remedy: str) -> None:
     if begin.startswith(b"PK") and not is_zip:
         raise CheckpointError(
             f"checkpoint {path} is incomplete: it ends after {path.stat().st_size} bytes, before "
-            f"its list of contents. The transfer or the saving was interrupted. {remedy}"
+            f"its list of contents. The download, or saving it, was interrupted. {remedy}"
         )
 
 
@@ -340,7 +340,8 @@ def name_to_official_classifier(key: str) -> str:
     part, _, name = key.partition(".")
     if part not in ("backbone", "head"):
         raise CheckpointError(
-            f"key {key!r} is neither the backbone's nor the head's: not a classifier of ours."
+            f"key {key!r} belongs neither to the backbone nor to the head: this is not a VMamba "
+            "classifier."
         )
     return f"classifier.{name}" if part == "head" else name
 

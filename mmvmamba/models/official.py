@@ -108,8 +108,8 @@ def _check_rank_ratio(ssm_rank_ratio: float, ssm_ratio: float) -> None:
     if 0 < ssm_rank_ratio < ssm_ratio:
         raise ArgumentError(
             f"ssm_rank_ratio={ssm_rank_ratio!r} is not supported below ssm_ratio={ssm_ratio!r}: "
-            "the official code of February 2024 scans fewer channels than it projects to then, "
-            "between two more linear layers."
+            "in the official code of February 2024 the scan then has fewer channels than the "
+            "projection, with two more linear layers around it."
         )
 
 
@@ -134,9 +134,8 @@ def translate_forward_type(forward_type: str) -> tuple[dict, str | None]:
         base = base[: found.start()]
     if base.startswith("xv"):
         raise ArgumentError(
-            f"forward_type={forward_type!r} has no counterpart: the 'xv' types project the time "
-            "steps, B and C from the block's input, beside what is scanned, and SS2D from the "
-            "latter."
+            f"forward_type={forward_type!r} is not supported: the 'xv' types compute the time "
+            "steps, B and C from the block's input, and SS2D computes them from what it scans."
         )
     if base == "v32dc":
         raise ArgumentError(
@@ -150,7 +149,7 @@ def translate_forward_type(forward_type: str) -> tuple[dict, str | None]:
         )
     for end in sorted(ends & NO_COUNTERPART.keys()):
         raise ArgumentError(
-            f"forward_type={forward_type!r} has no counterpart: '_{end}' is {NO_COUNTERPART[end]}, "
+            f"forward_type={forward_type!r} is not supported: '_{end}' is {NO_COUNTERPART[end]}, "
             "which SS2D does not have."
         )
     if base in ("v0", "v0seq"):
@@ -173,7 +172,7 @@ def _activation(layer: str | type[nn.Module]) -> str:
         return layer.lower()
     if layer not in ACTIVATIONS:
         known = ", ".join(f"nn.{one.__name__}" for one in ACTIVATIONS)
-        raise ArgumentError(f"{layer!r} is no activation known here, choose from {known}.")
+        raise ArgumentError(f"activation {layer!r} is unknown, choose from {known}.")
     return ACTIVATIONS[layer]
 
 
@@ -198,7 +197,7 @@ def translate_mixer(
     """
     if d_conv != 3 and d_conv > 1:
         raise ArgumentError(
-            f"ssm_conv={d_conv!r} is not supported: 3, or less than 2 for no convolution."
+            f"ssm_conv={d_conv!r} is not supported: give 3, or a number below 2 for no convolution."
         )
     type_fields, out_norm = translate_forward_type(forward_type)
     fields = {
@@ -336,7 +335,9 @@ class SS2D(ss2d.SS2D):
             forward_type,
         )
         if "mixer" in mixer:
-            raise ArgumentError(f"forward_type={forward_type!r} is no SS2D, but SS2Dm0.")
+            raise ArgumentError(
+                f"forward_type={forward_type!r} belongs to SS2Dm0: build SS2Dm0 instead of SS2D."
+            )
         super().__init__(
             d_model,
             d_state,

@@ -136,7 +136,10 @@ class Arch:
         if self.dt_rank != "auto" and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
             raise ArgumentError(f"dt_rank={self.dt_rank!r} must be 'auto' or a positive integer.")
         if self.mixer == "mamba2" and (self.gated or self.scan != "cross2d"):
-            raise ArgumentError("mixer='mamba2' has no gate and no other scan than 'cross2d'.")
+            raise ArgumentError(
+                "mixer='mamba2' has no gate and only scans 'cross2d': set gated=False and "
+                "scan='cross2d'."
+            )
         if self.stem == "v2" and self.dims[0] % 2:
             raise ArgumentError(
                 f"stem='v2' needs an even number of channels, dims[0]={self.dims[0]}."
@@ -279,8 +282,8 @@ class VMamba(BaseModule):
     ):
         if pretrained and init_cfg:
             raise ArgumentError(
-                f"pretrained={pretrained!r} and init_cfg={init_cfg!r} are both given: the first is "
-                "short for the second, write one of them."
+                f"pretrained={pretrained!r} and init_cfg={init_cfg!r} are both given, but the "
+                "first is a short form of the second. Give only one."
             )
         if pretrained:
             init_cfg = {"type": "Pretrained", "checkpoint": pretrained}
@@ -371,7 +374,9 @@ class VMamba(BaseModule):
                 )
         missing = [name for name in ("dims", "depths") if name not in arch]
         if missing:
-            raise ArgumentError(f"arch={arch!r} lacks {' and '.join(missing)}.")
+            raise ArgumentError(
+                f"arch={arch!r} has no {' and no '.join(missing)}: a dict needs both."
+            )
         return Arch(**arch)
 
     @staticmethod
@@ -600,7 +605,7 @@ def check_images(x: Tensor, channels: int, least: int) -> None:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
         raise ValueError(
             f"VMamba takes floating-point images (B, {channels}, H, W), got {found}. "
-            "The data_preprocessor of an OpenMMLab model makes them of what a data set gives."
+            "In an OpenMMLab model, the data_preprocessor makes them from what the data set gives."
         )
     if min(x.shape[-2:]) < least:
         raise ValueError(
@@ -615,12 +620,12 @@ def _stage_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
     for i in out_indices:
         if not isinstance(i, int) or not -stages <= i < stages:
             raise ArgumentError(
-                f"out_indices={out_indices!r} holds {i!r}; there are {stages} stages, "
-                f"0 to {stages - 1}."
+                f"out_indices={out_indices!r} contains {i!r}, which is not a stage: the backbone "
+                f"has stages 0 to {stages - 1}."
             )
     indices = tuple(sorted({i % stages for i in out_indices}))
     if not indices:
-        raise ArgumentError("out_indices is empty: name at least one stage.")
+        raise ArgumentError("out_indices is empty: give at least one stage.")
     return indices
 
 

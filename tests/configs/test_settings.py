@@ -137,7 +137,7 @@ def test_dicts_where_there_is_another_thing(tmp_path):
         ("arhc='tiny'", "VMamba has no argument 'arhc'. Did you mean arch?"),
         ("arch='tinny'", "arch='tinny' is unknown; did you mean 'tiny'?"),
         ("in_channels=0", "in_channels=0 must be an integer of at least 1"),
-        ("arch=dict(dims=96)", "lacks depths"),
+        ("arch=dict(dims=96)", "has no depths"),
     ],
 )
 def test_a_wrong_argument_of_the_backbone_is_one_line(

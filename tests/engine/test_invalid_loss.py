@@ -279,7 +279,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         replay.read_step(other)
     torch.save({"batch": run}, other)
-    with pytest.raises(CheckpointError, match="holds more than weights"):
+    with pytest.raises(CheckpointError, match="contains more than weights"):
         replay.read_step(other)
 
 

@@ -242,11 +242,11 @@ def test_lists_of_a_pattern_are_made_once_for_a_size(monkeypatch):
 
 
 def test_patterns_are_checked_where_they_are_registered():
-    with pytest.raises(ValueError, match="a scan pattern 'window5' already"):
+    with pytest.raises(ValueError, match="the scan pattern 'window5' is registered already"):
         register_pattern("window5", scan_paths.snake)
-    with pytest.raises(ValueError, match="there is a scan pattern 'cascade2d' already"):
+    with pytest.raises(ValueError, match="the scan pattern 'cascade2d' is registered already"):
         register_pattern("cascade2d", scan_paths.snake)
-    with pytest.raises(ValueError, match="<lambda> has no name by which another process"):
+    with pytest.raises(ValueError, match="<lambda> cannot be found by name in another process"):
         patterns.name_pattern(lambda h, w: scan_paths.snake(w, h))
     with pytest.raises(ValueError, match=r"'bad' over a 8 x 8 map must be \(K, 64\) integers, got"):
         register_pattern("bad", lambda h, w: scan_paths.snake(h, w)[:, 1:])

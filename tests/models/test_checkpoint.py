@@ -174,7 +174,7 @@ def test_flipped_bit_in_a_tensor(tmp_path, state):
         (b"\n<!DOCTYPE html>", r"is a web page, not a checkpoint"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid",
-            r"is what Git LFS left .* git lfs pull",
+            r"is a Git LFS pointer, .* git lfs pull",
         ),
         (b"PK\x03\x04" + bytes(200), r"is incomplete: it ends after 204 bytes"),
     ],
@@ -196,7 +196,7 @@ def test_a_fetched_file_that_is_damaged_is_to_be_deleted(server, state):
 
 
 def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="holds a list, expected a dict"):
+    with pytest.raises(CheckpointError, match="contains a list, expected a dict"):
         read_checkpoint(save(tmp_path / "list.pth", [torch.ones(1)]))
     with pytest.raises(CheckpointError, match=r"no state dict.*It has: epoch"):
         find_state_dict({"epoch": 3}, "x.pth")
@@ -215,7 +215,9 @@ class Payload:
 def test_nothing_in_a_file_is_run(tmp_path, state):
     mark = tmp_path / "mark"
     path = save(tmp_path / "evil.pth", {"state_dict": state, "config": Payload(mark)})
-    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth was not loaded: it contains more than weights"
+    ):
         read_checkpoint(path)
     assert not mark.exists()
     # The payload does what it says where nobody looks.
@@ -324,7 +326,7 @@ def test_classifier_keys_go_both_ways():
     back = {name_to_official_classifier(key): value for key, value in ours.items()}
     assert back.keys() == official.keys()
     assert all(back[k] is official[k] for k in official)
-    with pytest.raises(CheckpointError, match="'neck.w' is neither"):
+    with pytest.raises(CheckpointError, match="'neck.w' belongs neither"):
         name_to_official_classifier("neck.w")
 
 
@@ -427,7 +429,7 @@ def test_conversions_account_for_every_key(state):
 
 
 def test_conversions_of_the_wrong_thing_are_refused(state):
-    with pytest.raises(CheckpointError, match="'patch_embed.0.weight' is neither"):
+    with pytest.raises(CheckpointError, match="'patch_embed.0.weight' belongs neither"):
         convert({"model": state}, "a.pth", "official", classifier=True)
     with pytest.raises(CheckpointError, match=r"a\.pth has no state dict: expected one under ema"):
         convert({"model": state}, "a.pth", "ours", classifier=True, entry="ema")
@@ -492,7 +494,9 @@ def test_nothing_in_a_fetched_file_is_run(server, state, tmp_path):
     folder, address = server
     mark = tmp_path / "mark"
     save(folder / "evil.pth", {"state_dict": state, "config": Payload(mark)})
-    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth was not loaded: it contains more than weights"
+    ):
         read_checkpoint(f"{address}/evil.pth")
     assert not mark.exists()
 
@@ -506,7 +510,7 @@ def test_address_that_cannot_be_fetched_is_named(address, tmp_path, monkeypatch)
 
 def test_missing_page_is_named(server):
     _, address = server
-    with pytest.raises(CheckpointError, match=r"nothing\.pth was not fetched.*404"):
+    with pytest.raises(CheckpointError, match=r"nothing\.pth could not be downloaded.*404"):
         read_checkpoint(f"{address}/nothing.pth")
 
 

@@ -133,7 +133,7 @@ def test_forward_types(forward_type, expected):
 @pytest.mark.parametrize(
     ("forward_type", "message"),
     [
-        ("xv1a_act", "'xv1a_act' has no counterpart: the 'xv' types project"),
+        ("xv1a_act", "'xv1a_act' is not supported: the 'xv' types compute"),
         ("v32dc_noz", "'v32dc_noz' does not run in the official code either"),
         ("v2_nozact", "'_nozact' is a gate without activation"),
         ("v05_noz_oact", "'_oact' is an activation behind"),
@@ -311,7 +311,7 @@ def test_blocks_of_other_norms_and_mixers():
     assert isinstance(VSSBlock(16, norm_layer=nn.BatchNorm2d).norm, nn.BatchNorm2d)
     with pytest.raises(ArgumentError, match="makes a GroupNorm, expected nn.LayerNorm"):
         VSSBlock(16, norm_layer=lambda c: nn.GroupNorm(1, c))
-    with pytest.raises(ArgumentError, match="is no SS2D, but SS2Dm0"):
+    with pytest.raises(ArgumentError, match="belongs to SS2Dm0"):
         SS2D(16, forward_type="m0_noz")
 
 
@@ -392,7 +392,7 @@ def test_a_slip_of_the_pen_stays_an_error(kwargs, message):
         (lambda: SS2D(8, dstate=4), "SS2D has no argument 'dstate'; did you mean 'd_state'?"),
         (lambda: SS2D(8, bias=True), "bias=True is not supported"),
         (lambda: SS2D(8, dt_min=1e-4), "dt_min=0.0001 is not supported"),
-        (lambda: SS2D(8, act_layer=nn.Tanh), "is no activation known here, choose from nn.SiLU"),
+        (lambda: SS2D(8, act_layer=nn.Tanh), "is unknown, choose from nn.SiLU"),
         (lambda: SS2D(8, ssm_rank_ratio=1.0), "ssm_rank_ratio=1.0 is not supported"),
         (lambda: VSSBlock(8, post_norm=True), "post_norm=True is not supported"),
         (lambda: VSSBlock(8, dropout=0.1), "VSSBlock has no argument 'dropout'"),

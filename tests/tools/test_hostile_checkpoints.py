@@ -339,7 +339,9 @@ def train(arguments, *more):
 def test_a_test_runs_nothing(name, arguments, evil):
     config, *rest = arguments(name)
     rest = [option for option in rest if not option.startswith("train_cfg")]
-    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth was not loaded: it contains more than weights"
+    ):
         cli.test(cli.parse_test_arguments([config, str(evil), *rest]))
 
 
@@ -351,7 +353,9 @@ def test_weights_to_begin_with_run_nothing(place, arguments, evil):
     else:
         part = cfg.model.backbone if place == "backbone" else cfg.model
         part.init_cfg = {"type": "Pretrained", "checkpoint": str(evil)}
-    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth was not loaded: it contains more than weights"
+    ):
         cli.build_runner(cfg).train()
 
 
@@ -360,7 +364,9 @@ def test_a_resumed_training_runs_nothing(how, arguments, evil, tmp_path):
     if how == "auto":
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "last_checkpoint").write_text(str(evil))
-    with pytest.raises(CheckpointError, match=r"evil\.pth holds more than weights"):
+    with pytest.raises(
+        CheckpointError, match=r"evil\.pth was not loaded: it contains more than weights"
+    ):
         train(arguments(), "--resume", *([str(evil)] if how == "file" else []))
 
 
@@ -472,7 +478,10 @@ def test_tools_run_nothing(tool, project, sample_data, evil, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", [tool, *line])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(project / "tools" / tool), run_name="__main__")
-    assert "evil.pth holds more than weights" in str(end.value.code) + capsys.readouterr().out
+    assert (
+        "evil.pth was not loaded: it contains more than weights"
+        in str(end.value.code) + capsys.readouterr().out
+    )
 
 
 def test_the_variable_that_switches_torchs_check_off_does_not_switch_ours_off(
@@ -480,7 +489,7 @@ def test_the_variable_that_switches_torchs_check_off_does_not_switch_ours_off(
 ):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     for source in (evil, fetched):
-        with pytest.raises(CheckpointError, match="holds more than weights"):
+        with pytest.raises(CheckpointError, match="contains more than weights"):
             read_checkpoint(source)
 
 
