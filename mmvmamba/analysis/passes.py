@@ -19,13 +19,15 @@ from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
 PASSES = ("inference", "training")
 PRECISIONS = tuple(MODES)
-RUNTIMES = ("onnxruntime", "openvino")
-EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph", *RUNTIMES)
+RUNTIMES = ("onnxruntime", "onnxruntime+cpp", "openvino")
+EXECUTIONS = ("eager", "compiled", "graph", "compiled+graph")
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 PassName = Literal["inference", "training"]
 PrecisionName = Literal["fp32", "autocast-bf16", "autocast-fp16", "bf16"]
-ExecutionName = Literal["eager", "compiled", "graph", "compiled+graph", "onnxruntime", "openvino"]
+ExecutionName = Literal[
+    "eager", "compiled", "graph", "compiled+graph", "onnxruntime", "onnxruntime+cpp", "openvino"
+]
 MemoryFormatName = Literal["channels-last", "contiguous"]
 
 AUTOCAST_DTYPES = {name: autocast for name, (_, autocast) in MODES.items() if autocast}

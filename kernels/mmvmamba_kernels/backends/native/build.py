@@ -3,8 +3,9 @@
 The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later), with PyTorch 2.14
 and later for C++20 (GCC 11, Clang 14), and the headers that come with PyTorch, no GPU and no other
 package. With ``--cuda`` the one for NVIDIA GPUs is built as well, which needs nvcc of the CUDA
-version that PyTorch was built with, and no GPU either. Libraries go into the package, or into the
-user's cache where the package's folder cannot be written.
+version that PyTorch was built with, and no GPU either. With ``--onnxruntime`` the scan is built as
+an operator of ONNX Runtime, which needs neither PyTorch nor headers of anyone. Libraries go into
+the package, or into the user's cache where the package's folder cannot be written.
 """
 
 from __future__ import annotations
@@ -80,12 +81,12 @@ def _torch_flags() -> tuple[str, ...]:
     )
 
 
-def _units() -> list[_Unit]:
-    """What to compile for the CPU, longest first."""
+def _kernel_units() -> list[_Unit]:
+    """The CPU's kernels, for every instruction set."""
     instruction_sets = {"baseline": ()}
     if platform.machine() in ("x86_64", "AMD64"):
         instruction_sets |= {"avx2": _AVX2, "avx512": _AVX512}
-    kernels = [
+    return [
         _Unit(
             f"kernels, {name}",
             "cpu/scan_kernels.cpp",
@@ -93,7 +94,6 @@ def _units() -> list[_Unit]:
         )
         for name, flags in instruction_sets.items()
     ]
-    return [_Unit("operators", "cpu/scan_ops.cpp", (*_torch_flags(), "-fopenmp")), *kernels]
 
 
 def find_compiler() -> list[str]:
@@ -208,7 +208,31 @@ def build(force: bool = False, destination: Path | None = None) -> Path:
         extension.load.cache_clear()
     compiler = [*find_compiler(), *_FLAGS]
     name = extension.library_name()
-    return _make(_units(), compiler, _link_flags(), name, destination or _destination())
+    # The longest first.
+    operators = _Unit("operators", "cpu/scan_ops.cpp", (*_torch_flags(), "-fopenmp"))
+    units = [operators, *_kernel_units()]
+    return _make(units, compiler, _link_flags(), name, destination or _destination())
+
+
+def build_onnxruntime(force: bool = False) -> Path:
+    """Compile ONNX Runtime's operators unless they are there; neither it nor PyTorch is needed.
+
+    Args:
+        force: Compile in any case.
+
+    Returns:
+        The library's path, for ``SessionOptions.register_custom_ops_library``.
+
+    Raises:
+        BuildError: If there is no compiler, it fails, or there is nowhere to write to.
+    """
+    present = extension.find_library(extension.ONNX_RUNTIME)
+    if present is not None and not force:
+        logger.info("already built: %s", present)
+        return present
+    units = [_Unit("operators", "onnxruntime/scan_op.cpp", ()), *_kernel_units()]
+    name = extension.library_name(extension.ONNX_RUNTIME)
+    return _make(units, [*find_compiler(), *_FLAGS], [], name, _destination())
 
 
 def _package_folders() -> Iterable[Path]:
@@ -379,6 +403,11 @@ def main() -> int:
         "else the GPUs of this machine, else all that nvcc knows of "
         + ", ".join(f"{a // 10}.{a % 10}" for a in DEFAULT_ARCHITECTURES),
     )
+    parser.add_argument(
+        "--onnxruntime",
+        action="store_true",
+        help="also compile the scan as an operator of ONNX Runtime",
+    )
     arguments = parser.parse_args()
     if arguments.arch and not arguments.cuda:
         parser.error("--arch needs --cuda")
@@ -387,6 +416,8 @@ def main() -> int:
         build(arguments.force)
         if arguments.cuda:
             build_cuda(arguments.arch, arguments.force)
+        if arguments.onnxruntime:
+            build_onnxruntime(arguments.force)
     except BuildError as error:
         logger.error("cannot build the C++ kernels: %s", error)  # noqa: TRY400
         return 1

@@ -19,6 +19,11 @@ SOURCES = Path(__file__).parent / "csrc"
 DEVICES = ("cpu", "cuda")
 """Kinds of device that have a library of their own."""
 
+ONNX_RUNTIME = "onnxruntime"
+"""The library of ONNX Runtime's operators, which needs no PyTorch."""
+
+_FOLDERS = {"cpu": ("cpu",), "cuda": ("cuda",), ONNX_RUNTIME: ("cpu", "onnxruntime")}
+
 
 def library_name(device: str = "cpu", architectures: tuple[int, ...] = ()) -> str:
     """File name of the library for these sources, this PyTorch and this kind of machine.
@@ -26,14 +31,17 @@ def library_name(device: str = "cpu", architectures: tuple[int, ...] = ()) -> st
     A library built for anything else has another name, so that it is never loaded.
 
     Args:
-        device: Which library, of those of :data:`DEVICES`.
+        device: Which library, of those of :data:`DEVICES`, or :data:`ONNX_RUNTIME`.
         architectures: The GPUs that it is compiled for, ten times their compute capability.
     """
     parts = [torch.__version__, platform.system(), platform.machine()]
+    if device == ONNX_RUNTIME:
+        del parts[0]
     if device == "cuda":
         parts.append(str(torch.version.cuda))
     digest = hashlib.sha256(" ".join(parts).encode())
-    others = [SOURCES / other for other in DEVICES if other != device]
+    folders = set().union(*_FOLDERS.values()) - set(_FOLDERS[device])
+    others = [SOURCES / folder for folder in folders]
     for path in sorted(SOURCES.rglob("*")):
         if path.is_file() and not any(path.is_relative_to(other) for other in others):
             digest.update(path.name.encode() + path.read_bytes())

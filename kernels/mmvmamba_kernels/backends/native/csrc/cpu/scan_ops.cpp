@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "scan_kernels.h"
+#include "scan_paths.h"
 
 namespace mmvmamba {
 namespace {
@@ -27,11 +28,6 @@ using at::Tensor;
 constexpr int64_t kWaveImages = 16;
 // Tasks that a wave is divided into if there are enough channels.
 constexpr int64_t kWaveTasks = 32;
-
-// Bits of a path's code.
-constexpr int64_t kColumnMajor = 1;
-constexpr int64_t kReverse = 2;
-constexpr int64_t kPerLine = 4;
 
 const CpuKernels& kernels() {
   // PyTorch's own choice, which ATEN_CPU_CAPABILITY lowers.
@@ -55,29 +51,6 @@ const ScanKernels<float>& kernels_of<float>() {
 template <>
 const ScanKernels<double>& kernels_of<double>() {
   return kernels().f64;
-}
-
-int64_t round_up(int64_t size, int64_t multiple) {
-  return (size + multiple - 1) / multiple * multiple;
-}
-
-Path make_path(int64_t code, int64_t height, int64_t width) {
-  const bool column_major = code & kColumnMajor;
-  const int64_t lines = column_major ? width : height;
-  const int64_t line_length = column_major ? height : width;
-  const int64_t line_stride = column_major ? 1 : width;
-  const int64_t step = column_major ? width : 1;
-  const bool per_line = code & kPerLine;
-  Path path;
-  path.sequences = per_line ? lines : 1;
-  path.length = per_line ? line_length : lines * line_length;
-  path.sequence_stride = per_line ? line_stride : 0;
-  path.inner = line_length;
-  path.inner_stride = step;
-  path.outer_stride = line_stride;
-  path.reverse = code & kReverse;
-  path.list = nullptr;
-  return path;
 }
 
 // A path that is a list, from a row [length | positions] of a table.
