@@ -90,22 +90,24 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("arch", "options"),
+    ("arch", "options", "kinds"),
     [
-        pytest.param(VANILLA, {}, id="vanilla"),
-        pytest.param(MAMBA2, {}, id="mamba2"),
-        pytest.param(SMALL, {"scan": "cascade2d"}, id="cascade", marks=SLOW),
+        pytest.param(VANILLA, {}, ("onnx", "openvino"), id="vanilla"),
+        pytest.param(MAMBA2, {}, ("onnx",), id="mamba2"),
+        pytest.param(MAMBA2, {}, ("openvino",), id="mamba2, openvino", marks=SLOW),
+        pytest.param(SMALL, {"scan": "cascade2d"}, ("onnx", "openvino"), id="cascade", marks=SLOW),
         pytest.param(
             SMALL | {"downsample": "v2"},
             {"scan": "bidi", "norm": "bn", "d_state": 2},
+            ("onnx", "openvino"),
             id="bidi",
             marks=SLOW,
         ),
     ],
 )
-def test_backbones_equal_eager_ones_at_any_size(tmp_path, arch, options):
+def test_backbones_equal_eager_ones_at_any_size(tmp_path, arch, options, kinds):
     model = backbone(arch, **options)
-    for run in exported(model, tmp_path, ("onnx", "openvino")):
+    for run in exported(model, tmp_path, kinds):
         check_at_any_size(run, model)
 
 
@@ -239,31 +241,25 @@ numpy.savez("maps.npz", *(m.numpy() for m in maps))
             torch.testing.assert_close(torch.from_numpy(one), expected, rtol=0, atol=1e-5)
 
 
+# The others are slow: an exporter's time goes into the sizes that it does not know.
+DEFAULT = {("mask-rcnn", "onnx", None, 2), ("upernet", "onnx", (128, 160), 2)}
 WHOLE = [
-    pytest.param("upernet", "onnx", {}, id="upernet"),
-    pytest.param("mask-rcnn", "onnx", {}, id="mask-rcnn"),
-    pytest.param("retinanet", "onnx", {}, id="retinanet"),
-    *(
-        pytest.param(name, "onnx", {"stages": 4}, id=f"{name}, four stages", marks=SLOW)
-        for name in small.CONFIGS
-    ),
-    *(
-        pytest.param(name, kind, {}, id=f"{name}, {kind}", marks=SLOW)
-        for name in small.CONFIGS
-        for kind in ("openvino", "pt2")
-    ),
-    *(
-        pytest.param(name, "onnx", {"size": (128, 160)}, id=f"{name}, one size", marks=SLOW)
-        for name in small.CONFIGS
-    ),
+    pytest.param(*one, id=" ".join(map(str, one)), marks=() if one in DEFAULT else SLOW)
+    for name in small.CONFIGS
+    for one in (
+        (name, "onnx", None, 2),
+        (name, "onnx", None, 4),
+        (name, "openvino", None, 2),
+        (name, "pt2", None, 2),
+        (name, "onnx", (128, 160), 2),
+    )
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "options"), WHOLE)
-def test_whole_models_equal_openmmlabs(name, kind, options, project, tmp_path):
-    """OpenMMLab's own test step, with its processing, at two sizes."""
-    size = options.get("size")
-    cfg, checkpoint = small.make(name, project, tmp_path, options.get("stages", 2))
+@pytest.mark.parametrize(("name", "kind", "size", "stages"), WHOLE)
+def test_whole_models_equal_openmmlabs(name, kind, size, stages, project, tmp_path):
+    """OpenMMLab's own test step, with its processing, at two sizes or the one that is given."""
+    cfg, checkpoint = small.make(name, project, tmp_path, stages)
     pictures = small.pictures(tmp_path)
     if size is not None:
         pictures = pictures[:1]
@@ -292,7 +288,7 @@ def classifier(project, tmp_path_factory) -> tuple[Path, list[str], list[Path]]:
     folder = tmp_path_factory.mktemp("classifier")
     cfg, checkpoint = small.make("classifier", project, folder)
     cfg.dump(folder / "config.py")
-    arguments = [folder / "config.py", checkpoint, folder / "model.onnx"]
+    arguments = [str(folder / "config.py"), str(checkpoint), folder / "model.onnx"]
     done = tiny.run_python(
         *(project / "tools/deployment/export.py", *arguments),
         *("--check", *small.pictures(folder)),
@@ -332,10 +328,28 @@ def test_products_of_bytes_are_smaller_and_near(classifier, tmp_path):
     quantize(cfg, out, classifier[2])
     kinds = {node.op_type for node in onnx.load(out).graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
-    plain, small_one = (runtimes.Deployed(path) for path in (classifier[0], out))
-    batch = images(1, 3, 96, 96).numpy() * 60 + 120
-    difference = plain(batch)["probabilities"] - small_one(batch)["probabilities"]
-    assert 0 < np.abs(difference).max() < 0.1
+    for one in check.compare(cfg, classifier[1][1], runtimes.Deployed(out), classifier[2]):
+        # Of random weights, which keep less than trained ones of what 256 steps lose.
+        assert 0 < one.error < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tiny.TASKS))
+def test_metrics_equal_openmmlabs(name, project, sample_data, tmp_path):
+    """The tool fails where one differs."""
+    task = tiny.TASKS[name]
+    training = tiny.command_line(task, project, sample_data, tmp_path)
+    tiny.run_python(project / "tools/train.py", *training, cwd=tmp_path)
+    # The exported segmentor labels the image that it is given: in its own size.
+    options = ["--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(96,72)"]
+    done = tiny.run_python(
+        *(project / "tools/deployment/export.py", tmp_path / Path(task.config).name),
+        *(tmp_path / task.last, tmp_path / "model.onnx", "--evaluate"),
+        *(options if name == "mmseg" else []),
+        cwd=tmp_path,
+        COLUMNS="200",
+    )
+    assert task.metric in done.stdout
 
 
 def a_record(**changes) -> Record:
