@@ -45,11 +45,13 @@ class Subject:
         name: What tables call it.
         build: Makes the module for images of a height and width, in pixels.
         classifies: Whether the module's output is logits, (B, classes).
+        execution: How it runs, in place of what the case says; see `passes.Case`.
     """
 
     name: str
     build: Build
     classifies: bool = False
+    execution: str | None = None
 
 
 class Ranked(NamedTuple):

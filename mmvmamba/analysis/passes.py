@@ -19,15 +19,22 @@ from mmvmamba.models.vmamba import COMPILE_OPTIONS
 
 PASSES = ("inference", "training")
 PRECISIONS = tuple(MODES)
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "onnxruntime+cpp", "openvino")
 FROZEN = "compiled+frozen"
-EXECUTIONS = ("eager", "compiled", FROZEN, "graph", "compiled+graph", *RUNTIMES)
+EXECUTIONS = ("eager", "compiled", FROZEN, "graph", "compiled+graph")
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 PassName = Literal["inference", "training"]
 PrecisionName = Literal["fp32", "autocast-bf16", "autocast-fp16", "bf16"]
 ExecutionName = Literal[
-    "eager", "compiled", "compiled+frozen", "graph", "compiled+graph", "onnxruntime", "openvino"
+    "eager",
+    "compiled",
+    "compiled+frozen",
+    "graph",
+    "compiled+graph",
+    "onnxruntime",
+    "onnxruntime+cpp",
+    "openvino",
 ]
 MemoryFormatName = Literal["channels-last", "contiguous"]
 

@@ -98,20 +98,27 @@ def measure_case(
         gives wrong numbers has the reason in `failure` and no figures.
 
     Raises:
-        ValueError: If the case needs a CUDA graph and the device is not CUDA.
+        ValueError: If the device cannot do what the case or a model's execution asks for.
     """
-    case.check_device(device)
+    cases = [case_of(subject, case) for subject in subjects]
+    for one in cases:
+        one.check_device(device)
     contestants: list[_Contestant] = []
     with tf32(True), _on(device), _room_to_compile(case, len(subjects)):
-        for subject in subjects:
+        for subject, own_case in zip(subjects, cases, strict=True):
             progress(subject.name)
-            contestants.append(_Contestant(subject, case, device))
+            contestants.append(_Contestant(subject, own_case, device))
         for turn in range(rounds):
             # Back and forth: the first of a round is the last of the next.
             for contestant in contestants[:: -1 if turn % 2 else 1]:
                 progress(contestant.name)
                 contestant.take_turn(seconds / rounds)
     return [contestant.result() for contestant in contestants]
+
+
+def case_of(subject: Subject, case: Case) -> Case:
+    """The case with a model's own execution, if it has one."""
+    return dataclasses.replace(case, execution=subject.execution) if subject.execution else case
 
 
 class _Contestant:

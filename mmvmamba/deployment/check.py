@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmvmamba.analysis.pictures import items, load_model
 from mmvmamba.deployment.runtimes import RUNTIMES, Deployed
+from mmvmamba.engine.data import check_datasets
+from mmvmamba.engine.data_checks import build_dataset
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.models.checkpoint import read_checkpoint
 
@@ -55,16 +58,13 @@ def compare(
         deployed: What was exported of them.
         images: Their files.
     """
-    init_default_scope(scope_of(cfg))
-    model = load_model(cfg, read_checkpoint(checkpoint), checkpoint)
-    settings = (cfg.model.get("test_cfg") or {}).get("rcnn") or {}
-    stand_in = StandIn(deployed, settings.get("mask_thr_binary", 0.5))
+    models = _both(cfg, checkpoint, deployed)
     for item, path in zip(items(cfg, None, images, None), images, strict=True):
         size = tuple(item["inputs"].shape[-2:])
         # Results in the pixels that the models see.
         item["data_samples"].set_metainfo({"ori_shape": size, "scale_factor": (1.0, 1.0)})
         timed = []
-        for one in (model, stand_in):
+        for one in models:
             data = pseudo_collate([deepcopy(item)])
             begin = time.perf_counter()
             with torch.no_grad():
@@ -73,6 +73,36 @@ def compare(
         (ours, eager), (theirs, seconds) = timed
         difference, error = _difference(ours, theirs)
         yield Comparison(path, size, difference, error, eager, seconds)
+
+
+def evaluate(cfg: Config, checkpoint: str, deployed: Deployed) -> list[dict[str, float]]:
+    """The metrics of a config's test data, of the original and of what was exported of it.
+
+    Raises:
+        UsageError: If the data set is not there.
+    """
+    check_datasets(cfg, ("test",))
+    models = _both(cfg, checkpoint, deployed)
+    dataset = build_dataset(cfg.test_dataloader.dataset)
+    evaluators = [Evaluator(deepcopy(cfg.test_evaluator)) for _ in models]
+    for index in range(len(dataset)):
+        item = dataset[index]
+        for model, evaluator in zip(models, evaluators, strict=True):
+            evaluator.dataset_meta = dataset.metainfo
+            data = pseudo_collate([deepcopy(item)])
+            with torch.no_grad():
+                samples = model.test_step(data)
+            evaluator.process(samples, data)
+    return [evaluator.evaluate(len(dataset)) for evaluator in evaluators]
+
+
+def _both(cfg: Config, checkpoint: str, deployed: Deployed) -> tuple[nn.Module, "StandIn"]:
+    init_default_scope(scope_of(cfg))
+    settings = (cfg.model.get("test_cfg") or {}).get("rcnn") or {}
+    return (
+        load_model(cfg, read_checkpoint(checkpoint), checkpoint),
+        StandIn(deployed, settings.get("mask_thr_binary", 0.5)),
+    )
 
 
 def runtime_of(deployed: Deployed) -> str:

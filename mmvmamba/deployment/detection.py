@@ -12,7 +12,7 @@ import torchvision
 from mmdet.models.dense_heads import RetinaHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
-from mmdet.models.roi_heads import StandardRoIHead
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmvmamba.deployment.deployable import Deployable, require
 from mmvmamba.engine.errors import UsageError
 
-DETECTORS = "RetinaNet, Faster R-CNN and Mask R-CNN"
+DETECTORS = "RetinaNet, Faster, Mask and Cascade R-CNN"
 # mmdet's limit of how much wider or higher a box is than what it was made of.
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
@@ -76,9 +76,10 @@ class SingleStage(Deployable):
 
 
 class TwoStage(Deployable):
-    """Faster and Mask R-CNN: as `SingleStage`, and each box's mask, (n, height, width).
+    """Faster, Mask and Cascade R-CNN: as `SingleStage`, and each box's mask, (n, height, width).
 
     A mask is its pixels' probabilities within the box, which is cut into so many rows and columns.
+    Cascades have several heads, each of which starts from the boxes of the one before it.
     """
 
     batched = False
@@ -87,18 +88,21 @@ class TwoStage(Deployable):
         require(model, TwoStageDetector, "predict", DETECTORS)
         require(model.rpn_head, RPNHead, "_predict_by_feat_single", DETECTORS)
         roi_head = model.roi_head
-        require(roi_head, StandardRoIHead, "predict_bbox", DETECTORS)
-        require(roi_head, StandardRoIHead, "predict_mask", DETECTORS)
-        require(roi_head.bbox_head, BBoxHead, "_predict_by_feat_single", DETECTORS)
-        extractors = [roi_head.bbox_roi_extractor]
+        kind = CascadeRoIHead if isinstance(roi_head, CascadeRoIHead) else StandardRoIHead
+        require(roi_head, kind, "predict_bbox", DETECTORS)
+        require(roi_head, kind, "predict_mask", DETECTORS)
+        box_heads, extractors = _all(roi_head.bbox_head), _all(roi_head.bbox_roi_extractor)
+        for head in box_heads:
+            require(head, BBoxHead, "_predict_by_feat_single", DETECTORS)
         if roi_head.with_mask:
-            require(roi_head.mask_head, FCNMaskHead, "_predict_by_feat_single", DETECTORS)
-            extractors.append(roi_head.mask_roi_extractor)
+            for head in _all(roi_head.mask_head):
+                require(head, FCNMaskHead, "_predict_by_feat_single", DETECTORS)
+            extractors = (*extractors, *_all(roi_head.mask_roi_extractor))
         for extractor in extractors:
             require(extractor, SingleRoIExtractor, "map_roi_levels", "SingleRoIExtractor")
         if roi_head.with_shared_head:
             raise UsageError(f"a shared_head cannot be exported; exported are {DETECTORS}.")
-        for head in (model.rpn_head, roi_head.bbox_head):
+        for head in (model.rpn_head, *box_heads):
             _check_coder(head)
         for settings in (model.rpn_head.test_cfg, roi_head.test_cfg):
             _check_nms(settings.nms)
@@ -110,27 +114,44 @@ class TwoStage(Deployable):
         """See the class."""
         roi_head = self.model.roi_head
         x = self.model.extract_feat(self.normalised(images))
-        proposals = self._proposals(x, images)
-        features = _roi_features(roi_head.bbox_roi_extractor, x, proposals)
-        logits, deltas = roi_head.bbox_head(features)
-        scores = logits.softmax(-1)[:, :-1]
+        boxes, scores, deltas = self._classified(x, self._proposals(x, images), images)
         classes = scores.shape[1]
         settings = roi_head.test_cfg
         scores = scores.flatten()
         index = (scores > settings.score_thr).nonzero().squeeze(1)
         place, labels = index // classes, index % classes
-        deltas = deltas.reshape(deltas.shape[0], -1, 4)
-        chosen = torch.zeros_like(labels) if roi_head.bbox_head.reg_class_agnostic else labels
-        # (n, classes, 4) at the rows and classes that were chosen.
-        deltas = deltas.flatten(0, 1)[place * deltas.shape[1] + chosen]
-        boxes = _decode(roi_head.bbox_head.bbox_coder, proposals[place], deltas, images)
+        head = _all(roi_head.bbox_head)[-1]
+        boxes = _decode(
+            head.bbox_coder, boxes[place], _of_class(head, deltas, place, labels), images
+        )
         boxes, scores, labels = _suppress(boxes, scores[index], labels, settings, images)
         if not roi_head.with_mask:
             return boxes, scores, labels
-        masks = roi_head.mask_head(_roi_features(roi_head.mask_roi_extractor, x, boxes))
-        chosen = torch.zeros_like(labels) if roi_head.mask_head.class_agnostic else labels
-        chosen = chosen[:, None, None, None].expand(-1, 1, *masks.shape[2:])
-        return boxes, scores, labels, masks.gather(1, chosen).squeeze(1).sigmoid()
+        extractors, heads = _all(roi_head.mask_roi_extractor), _all(roi_head.mask_head)
+        masks = [
+            _mask_of_class(head, head(_roi_features(extractor, x, boxes)), labels)
+            for extractor, head in zip(extractors, heads, strict=True)
+        ]
+        return boxes, scores, labels, torch.stack(masks).mean(0)
+
+    def _classified(
+        self, x: tuple[Tensor, ...], boxes: Tensor, images: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The boxes that the last head starts from, its offsets, and the scores of all heads."""
+        roi_head = self.model.roi_head
+        extractors, heads = _all(roi_head.bbox_roi_extractor), _all(roi_head.bbox_head)
+        all_logits = []
+        for extractor, head in zip(extractors, heads, strict=True):
+            logits, deltas = head(_roi_features(extractor, x, boxes))
+            all_logits.append(logits)
+            if head is not heads[-1]:
+                labels = logits[:, :-1].argmax(1)
+                own = _of_class(
+                    head, deltas, torch.arange(logits.shape[0], device=logits.device), labels
+                )
+                boxes = _decode(head.bbox_coder, boxes, own, images)
+        scores = torch.stack(all_logits).mean(0).softmax(-1)
+        return boxes, scores[:, :-1], deltas
 
     def _proposals(self, x: tuple[Tensor, ...], images: Tensor) -> Tensor:
         """The boxes that the second stage looks at, (n, 4)."""
@@ -144,6 +165,25 @@ class TwoStage(Deployable):
             levels.append(torch.full_like(index, level))
         boxes, scores, levels = torch.cat(boxes), torch.cat(scores), torch.cat(levels)
         return _suppress(*_large(settings, boxes, scores, levels), settings, images)[0]
+
+
+def _all(modules: nn.Module) -> tuple[nn.Module, ...]:
+    """A cascade's heads or extractors, or the one of other detectors."""
+    return tuple(modules) if isinstance(modules, nn.ModuleList) else (modules,)
+
+
+def _of_class(head: nn.Module, deltas: Tensor, place: Tensor, labels: Tensor) -> Tensor:
+    """The offsets, (n, 4), of boxes and their classes, of those of all boxes and classes."""
+    deltas = deltas.reshape(deltas.shape[0], -1, 4)
+    chosen = torch.zeros_like(labels) if head.reg_class_agnostic else labels
+    return deltas.flatten(0, 1)[place * deltas.shape[1] + chosen]
+
+
+def _mask_of_class(head: nn.Module, masks: Tensor, labels: Tensor) -> Tensor:
+    """The probabilities, (n, height, width), of the masks of the boxes' classes."""
+    chosen = torch.zeros_like(labels) if head.class_agnostic else labels
+    chosen = chosen[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+    return masks.gather(1, chosen).squeeze(1).sigmoid()
 
 
 def _check_coder(head: nn.Module) -> None:

@@ -41,6 +41,7 @@ def export_model(
     out: Path,
     kind: str,
     size: tuple[int, int] | None = None,
+    custom_op: bool = False,
 ) -> Record:
     """Writes a config's model with its weights, and the JSON beside it.
 
@@ -50,6 +51,7 @@ def export_model(
         out: The file to write.
         kind: One of `FORMATS`.
         size: Height and width of the images in pixels, for a graph of fixed size; None for any.
+        custom_op: Whether ONNX Runtime is to scan with the C++ kernel, in a library of ours.
 
     Raises:
         UsageError: If the model or the size cannot be exported.
@@ -61,7 +63,7 @@ def export_model(
     module = deployable(scope_of(cfg), load_model(cfg, content, checkpoint))
     program = trace(module, *example_for(module, size, module.batched))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(program, out, kind, module.outputs)
+    write(program, out, kind, module.outputs, custom_op)
     meta = content.get("meta", {}).get("dataset_meta") or class_metainfo(cfg)
     record = Record(
         task=scope_of(cfg),
@@ -78,6 +80,7 @@ def export_model(
         batched=module.batched,
         least=backbone_of(module).arch.min_size,
         opset=None if kind == "pt2" else OPSET,
+        custom_op=custom_op,
         versions={
             name: str(installed_version(name)) for name in ("mmvmamba", "torch", *NEEDED[kind])
         },
@@ -122,10 +125,21 @@ def example_for(
                 f"--size {size[0]} {size[1]}: the model takes images from {least} pixels on."
             )
         return torch.rand(1, backbone.in_channels, *size), ()
-    # Of no relation to each other, and not the least, so that no dimension is taken for fixed.
-    sides = max(2 * least, 70), max(3 * least, 101)
-    example = torch.rand(2 if batched else 1, backbone.in_channels, *sides)
+    # The smallest map is 3 by 4: what is 1 or equals its neighbour in the example is taken for
+    # fixed. Maps that patch merging pads are odd, or it would be taken for never padding.
+    stride = _largest_stride(module, backbone)
+    example = torch.rand(2 if batched else 1, backbone.in_channels, 2 * stride + 6, 3 * stride + 5)
     return example, (0, 2, 3) if batched else (2, 3)
+
+
+def _largest_stride(module: nn.Module, backbone: VMamba) -> int:
+    """Pixels of the image for one position of the smallest map, necks included."""
+    strides = [info["reduction"] for info in backbone.feature_info]
+    for part in module.modules():
+        # A detector's, whose neck may have maps of its own.
+        if generator := getattr(part, "prior_generator", None):
+            strides += [side for stride in generator.strides for side in stride]
+    return max(strides)
 
 
 def backbone_of(module: nn.Module) -> VMamba:
@@ -154,7 +168,11 @@ def trace(module: nn.Module, images: Tensor, dynamic: Sequence[int] = ()) -> Exp
 
 
 def write(
-    program: ExportedProgram, out: Path, kind: str, outputs: Sequence[str] | None = None
+    program: ExportedProgram,
+    out: Path,
+    kind: str,
+    outputs: Sequence[str] | None = None,
+    custom_op: bool = False,
 ) -> None:
     """Writes what was traced.
 
@@ -163,11 +181,12 @@ def write(
         out: The file to write.
         kind: One of `FORMATS`.
         outputs: Names of the results; None for the exporter's.
+        custom_op: See `export_model`.
     """
     if kind == "pt2":
         torch.export.save(program, out)
     elif kind == "onnx":
-        to_onnx(program, outputs).save(out)
+        to_onnx(program, outputs, custom_op).save(out)
     else:
         write_openvino(to_onnx(program, outputs), out)
 
@@ -185,7 +204,9 @@ def write_openvino(model: torch.onnx.ONNXProgram, out: Path) -> None:
         openvino.save_model(openvino.convert_model(plain), out, compress_to_fp16=False)
 
 
-def to_onnx(program: ExportedProgram, outputs: Sequence[str] | None) -> torch.onnx.ONNXProgram:
+def to_onnx(
+    program: ExportedProgram, outputs: Sequence[str] | None, custom_op: bool = False
+) -> torch.onnx.ONNXProgram:
     """The ONNX graph of what was traced, with the operators as functions.
 
     Raises:
@@ -205,7 +226,7 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str] | None) -> torch.on
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=outputs and list(outputs),
-                custom_translation_table=operators.translations(),
+                custom_translation_table=operators.translations(custom_op),
                 # It would write out every function at each of its places.
                 optimize=False,
                 verbose=False,

@@ -23,6 +23,8 @@ from onnxscript.values import OnnxFunction, Op, Opset
 
 import mmvmamba_kernels  # noqa: F401 (registers what is translated)
 from mmvmamba.engine.errors import UsageError
+from mmvmamba_kernels.backends.native.cpp_scan import path_codes
+from mmvmamba_kernels.patterns import PATTERNS as ARITHMETIC
 
 DOMAIN = Opset("mmvmamba", 1)
 
@@ -381,6 +383,41 @@ def _call(function: OnnxFunction, *inputs):
     return Op(DOMAIN, function.name, schema)(*inputs)
 
 
+_SCAN_INPUTS = ("x", "proj", "dt_weight", "dt_bias", "A", "D")
+_SCAN_SCHEMA = OpSchema(
+    "SelectiveScan2d",
+    DOMAIN.domain,
+    DOMAIN.version,
+    inputs=[OpSchema.FormalParameter(name, "tensor(float)") for name in _SCAN_INPUTS],
+    outputs=[OpSchema.FormalParameter("y", "tensor(float)")],
+    attributes=[OpSchema.Attribute("paths", OpSchema.AttrType.INTS, required=True)],
+)
+
+
+def custom_selective_scan_2d(
+    x: FLOAT[...],
+    proj: FLOAT[...],
+    dt_weight: FLOAT[...],
+    dt_bias: FLOAT[...],
+    A: FLOAT[...],
+    D: FLOAT[...],
+    paths: INT64[...] | None,
+    pattern: str,
+    backend: str,
+    save_carries: bool,
+):
+    """Translates the operator of that name to one of ONNX Runtime's, of our library."""
+    del backend, save_carries
+    if paths is not None or pattern not in ARITHMETIC:
+        raise UsageError(
+            f"scan pattern {pattern!r} has no operator for ONNX Runtime; "
+            f"{', '.join(ARITHMETIC)} have: export without --custom-op."
+        )
+    codes = path_codes(ARITHMETIC[pattern])
+    scan = Op(DOMAIN, _SCAN_SCHEMA.name, _SCAN_SCHEMA)
+    return scan(x, proj, dt_weight, dt_bias, A, D, paths=codes), _nothing()
+
+
 def selective_scan_2d(
     x: FLOAT[...],
     proj: FLOAT[...],
@@ -563,11 +600,15 @@ def _nothing() -> FLOAT[...]:
     return op.Constant(value_floats=[0.0])
 
 
-def translations() -> dict[Callable, Callable]:
-    """By operator of PyTorch, what `torch.onnx.export` is to write for it."""
+def translations(custom: bool) -> dict[Callable, Callable]:
+    """By operator of PyTorch, what `torch.onnx.export` is to write for it.
+
+    Args:
+        custom: Whether 2D scans are to be operators of our library for ONNX Runtime.
+    """
     names = torch.ops.mmvmamba
     return {
-        names.selective_scan_2d.default: selective_scan_2d,
+        names.selective_scan_2d.default: custom_selective_scan_2d if custom else selective_scan_2d,
         names.selective_scan.default: selective_scan,
         names.state_space_dual.default: state_space_dual,
     }

@@ -31,6 +31,7 @@ class Record:
         least: The smallest side of an image in pixels.
         opset: Of ONNX's operators; None in other formats.
         versions: Of the packages that made the file.
+        custom_op: Whether it needs our library of operators for ONNX Runtime.
         format: `FORMAT` at that time.
     """
 
@@ -45,6 +46,7 @@ class Record:
     least: int
     opset: int | None
     versions: dict[str, str]
+    custom_op: bool = False
     format: int = FORMAT
 
     def pixels(self, image: Tensor) -> np.ndarray:

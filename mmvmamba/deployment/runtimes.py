@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmvmamba.deployment.export import FORMATS, trace, write
 from mmvmamba.deployment.record import Record
 from mmvmamba.engine.errors import UsageError
+from mmvmamba_kernels.backends.native import compiler, extension
 
 RUNTIMES = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 """What runs a file, by its suffix."""
@@ -36,7 +37,7 @@ class Deployed:
         if not self.path.is_file():
             raise UsageError(f"{path} does not exist (working directory: {Path.cwd()}).")
         self.record = Record.load(self.path)
-        self.run = open_file(self.path, threads)
+        self.run = open_file(self.path, threads, self.record.custom_op)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the model.
@@ -74,13 +75,30 @@ class Deployed:
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
-def open_file(path: Path, threads: int | None = None) -> Run:
+def open_file(path: Path, threads: int | None = None, custom_op: bool = False) -> Run:
     """Opens a file in its runtime; see `Deployed`.
 
+    Args:
+        path: The file.
+        threads: How many the runtime may use; None for its own choice.
+        custom_op: Whether the file needs our library of operators for ONNX Runtime.
+
     Raises:
-        UsageError: If the runtime is missing or cannot open it.
+        UsageError: If the runtime or the library is missing, or the runtime cannot open the file.
     """
-    return _OPENERS[path.suffix](path, threads)
+    if path.suffix == ".onnx":
+        return _open_onnx(path, threads, _custom_operators() if custom_op else None)
+    return (_open_openvino if path.suffix == ".xml" else _open_pt2)(path, threads)
+
+
+def _custom_operators() -> Path:
+    library = extension.find_library(compiler.ONNX_RUNTIME)
+    if library is None:
+        raise UsageError(
+            "the model scans with our C++ kernel, whose library for ONNX Runtime is not built; "
+            f"run: {extension.build_command(compiler.ONNX_RUNTIME)}"
+        )
+    return library
 
 
 def in_runtime(module: nn.Module, images: Tensor, runtime: str) -> Callable[[Tensor], list[Tensor]]:
@@ -89,13 +107,15 @@ def in_runtime(module: nn.Module, images: Tensor, runtime: str) -> Callable[[Ten
     Args:
         module: In evaluation mode.
         images: An example, (B, C, H, W).
-        runtime: 'onnxruntime' or 'openvino'.
+        runtime: 'onnxruntime', 'onnxruntime+cpp' (with our C++ kernel as its operator) or
+            'openvino'.
     """
-    kind = "onnx" if runtime == "onnxruntime" else runtime
+    kind = "openvino" if runtime == "openvino" else "onnx"
+    custom_op = runtime.endswith("+cpp")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"model{FORMATS[kind]}"
-        write(trace(module, images), path, kind)
-        run = open_file(path, torch.get_num_threads())
+        write(trace(module, images), path, kind, custom_op=custom_op)
+        run = open_file(path, torch.get_num_threads(), custom_op)
     return lambda images: [torch.from_numpy(result) for result in run(images.numpy())]
 
 
@@ -115,9 +135,11 @@ def _runtime(name: str) -> ModuleType:
         raise UsageError(f"{name} is not installed: pip install {name}") from error
 
 
-def _open_onnx(path: Path, threads: int | None) -> Run:
+def _open_onnx(path: Path, threads: int | None, operators: Path | None) -> Run:
     runtime = _runtime("onnxruntime")
     options = runtime.SessionOptions()
+    if operators is not None:
+        options.register_custom_ops_library(str(operators))
     options.intra_op_num_threads = threads or 0
     # Its warnings of initialisers that it need not copy.
     options.log_severity_level = 3
@@ -182,6 +204,3 @@ def _cannot_open(path: Path, runtime: str, error: Exception) -> str:
         f"{runtime} cannot open {path} ({reason[:300]}): update the runtime, or export the model "
         "anew. The JSON beside it has the versions that made it."
     )
-
-
-_OPENERS = {".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}

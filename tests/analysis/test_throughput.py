@@ -475,11 +475,31 @@ def test_a_failed_model_is_the_exit_status(run_tool, tmp_path):
     assert float(rows[1]["seconds"]) > 0
 
 
+def test_runtimes_are_rows_of_one_table(run_tool, tmp_path, monkeypatch):
+    """What they compute is tested in tests/deployment."""
+    asked = []
+
+    def in_runtime(model, images, runtime):
+        asked.append((runtime, images.shape))
+        return model
+
+    monkeypatch.setattr("mmvmamba.deployment.runtimes.in_runtime", in_runtime)
+    options = ["--sizes", "32", "--seconds", "0", "--rounds", "1", "--passes", "inference"]
+    runtimes = ["eager", "onnxruntime", "onnxruntime+cpp", "openvino"]
+    status, out, _ = run_tool("resnet18", *options, "--runtime", *runtimes, "--csv", "rows.csv")
+    assert status == 0, out
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open(encoding="utf-8")))
+    assert [row["model"] for row in rows] == [f"resnet18, {name}" for name in runtimes]
+    assert [row["execution"] for row in rows] == runtimes
+    assert asked == [(name, (1, 3, 32, 32)) for name in runtimes[1:]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["swin_tin"], "error: 'swin_tin' is neither .*Did you mean .*swin-tiny"),
         (["--execution", "graph"], "error: a CUDA graph .*needs a CUDA device"),
+        (["--runtime", "openvino"], "error: openvino runs inference in fp32 on the CPU"),
         (["--csv", "other.csv"], "error: other.csv has other columns"),
         (["--markdown", "none.md"], "error: none.md has no section 'measured'"),
         (["--plot", "plot.doc"], r"error: --plot plot\.doc: choose one of .*\.png"),

@@ -1,8 +1,7 @@
 """Exported backbones and whole models: small, standard, and equal to the originals."""
 
-import argparse
-import copy
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,21 +16,25 @@ pytest.importorskip("onnxscript", reason="the extra `deploy` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `deploy` is not installed")
 pytest.importorskip("openvino", reason="the extra `deploy` is not installed")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+for folder in ("integration", "deployment"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
+import small  # noqa: E402
 import tiny  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-from mmvmamba.deployment import export, runtimes  # noqa: E402
+from mmvmamba.deployment import check, export, runtimes  # noqa: E402
 from mmvmamba.deployment.models import deployable  # noqa: E402
 from mmvmamba.deployment.record import FORMAT, Record, path_of  # noqa: E402
 from mmvmamba.engine.errors import UsageError  # noqa: E402
+from mmvmamba.engine.tasks import scope_of  # noqa: E402
 from mmvmamba.models import VMamba  # noqa: E402
 from mmvmamba.registry import MODELS  # noqa: E402
+from mmvmamba_kernels.backends.native import build  # noqa: E402
 
 # Of maps against eager float32, relative to the largest number: what issue and docs promise.
 TOLERANCE = 1e-5
-SMALL = {"dims": 16, "depths": (1, 1)}
+SMALL = {"dims": 8, "depths": (1, 1)}
 VANILLA = {
     **SMALL,
     "d_state": 4,
@@ -87,27 +90,29 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("arch", "options"),
+    ("arch", "options", "kinds"),
     [
-        pytest.param(VANILLA, {}, id="vanilla"),
-        pytest.param(MAMBA2, {}, id="mamba2"),
-        pytest.param(SMALL, {"scan": "cascade2d"}, id="cascade", marks=SLOW),
+        pytest.param(VANILLA, {}, ("onnx", "openvino"), id="vanilla"),
+        pytest.param(MAMBA2, {}, ("onnx",), id="mamba2"),
+        pytest.param(MAMBA2, {}, ("openvino",), id="mamba2, openvino", marks=SLOW),
+        pytest.param(SMALL, {"scan": "cascade2d"}, ("onnx", "openvino"), id="cascade", marks=SLOW),
         pytest.param(
             SMALL | {"downsample": "v2"},
             {"scan": "bidi", "norm": "bn", "d_state": 2},
+            ("onnx", "openvino"),
             id="bidi",
             marks=SLOW,
         ),
     ],
 )
-def test_backbones_equal_eager_ones_at_any_size(tmp_path, arch, options):
+def test_backbones_equal_eager_ones_at_any_size(tmp_path, arch, options, kinds):
     model = backbone(arch, **options)
-    for run in exported(model, tmp_path, ("onnx", "openvino")):
+    for run in exported(model, tmp_path, kinds):
         check_at_any_size(run, model)
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[VMamba, torch.export.ExportedProgram]:
+def traced() -> tuple[VMamba, torch.export.ExportedProgram]:
     model = backbone(SMALL)
     return model, export.trace(model, *export.example_for(model, None, True))
 
@@ -136,8 +141,8 @@ def check_graph(path: Path, blocks: int) -> None:
     assert {opset.domain: opset.version for opset in graph.opset_import}[""] == export.OPSET
 
 
-def test_graph_is_standard_and_small(tmp_path, small):
-    model, program = small
+def test_graph_is_standard_and_small(tmp_path, traced):
+    model, program = traced
     path = tmp_path / "model.onnx"
     export.write(program, path, "onnx")
     check_graph(path, blocks=2)
@@ -150,8 +155,74 @@ def test_graph_of_vmamba_t_is_small(tmp_path):
     check_graph(tmp_path / "model.onnx", blocks=14)
 
 
-def test_pt2_file_runs_with_the_kernels_alone(tmp_path, small):
-    model, program = small
+def test_scans_are_operators_of_the_cpp_kernels(tmp_path, traced):
+    """One for each block, in a library that a process without PyTorch can register."""
+    library = build.build_onnxruntime()
+    assert b"libtorch" not in library.read_bytes()
+    model, program = traced
+    path = tmp_path / "model.onnx"
+    export.write(program, path, "onnx", custom_op=True)
+    nodes = [node for node in onnx.load(path).graph.node if node.domain]
+    assert [(node.domain, node.op_type) for node in nodes] == [("mmvmamba", "SelectiveScan2d")] * 2
+    check_at_any_size(runtimes.open_file(path, threads=2, custom_op=True), model)
+    with pytest.raises(UsageError, match=r"cannot open .*SelectiveScan2d"):
+        runtimes.open_file(path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "states", "size"),
+    [("bidi", 3, (1, 9)), ("rows", 1, (7, 5)), ("columns", 2, (5, 7))],
+)
+def test_custom_operator_equals_the_kernels(pattern, states, size):
+    import onnxruntime
+
+    from mmvmamba_kernels import selective_scan_2d
+    from mmvmamba_kernels.backends.native.cpp_scan import path_codes
+    from mmvmamba_kernels.patterns import PATTERNS
+
+    # Neither channels nor the rank fill a vector.
+    batch, D, R, K = 2, 21, 3, len(PATTERNS[pattern])
+    torch.manual_seed(0)
+    feeds = {
+        "x": torch.randn(batch, *size, D),
+        "proj": torch.randn(batch, *size, K, R + 2 * states),
+        "weight": torch.randn(K, D, R),
+        "bias": torch.linspace(-7, 10, K * D).view(K, D),
+        "A": -torch.rand(K, D, states) - 0.1,
+        "D": torch.randn(K, D),
+    }
+    number = onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node(
+        "SelectiveScan2d",
+        list(feeds),
+        ["y"],
+        domain="mmvmamba",
+        paths=path_codes(PATTERNS[pattern]),
+    )
+    values = [
+        onnx.helper.make_tensor_value_info(name, number, t.shape) for name, t in feeds.items()
+    ]
+    graph = onnx.helper.make_graph(
+        [node], "scan", values, [onnx.helper.make_tensor_value_info("y", number, None)]
+    )
+    domains = [onnx.helper.make_opsetid(*one) for one in (("", export.OPSET), ("mmvmamba", 1))]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(build.build_onnxruntime()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    [found] = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
+    expected = selective_scan_2d(*feeds.values(), pattern=pattern, backend="reference")
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    feeds["D"] = feeds["D"].repeat(1, 2)
+    values[-1].CopyFrom(onnx.helper.make_tensor_value_info("D", number, feeds["D"].shape))
+    model.graph.input[-1].CopyFrom(values[-1])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    with pytest.raises(Exception, match="SelectiveScan2d: inputs do not fit each other"):
+        session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
+
+
+def test_pt2_file_runs_with_the_kernels_alone(tmp_path, traced):
+    model, program = traced
     export.write(program, tmp_path / "model.pt2", "pt2")
     batch = images(1, 3, 40, 52)
     np.save(tmp_path / "images.npy", batch.numpy())
@@ -170,57 +241,115 @@ numpy.savez("maps.npz", *(m.numpy() for m in maps))
             torch.testing.assert_close(torch.from_numpy(one), expected, rtol=0, atol=1e-5)
 
 
-def saved(task: tiny.Task, project: Path, folder: Path) -> tuple[list[str], Path]:
-    """A task's config on the command line, and a checkpoint of random weights for it."""
-    from mmvmamba.engine.cli import add_cfg_options, load_config
-
-    parser = argparse.ArgumentParser()
-    add_cfg_options(parser)
-    given = ["--cfg-options", *task.options]
-    config = project / "configs" / task.config
-    cfg = load_config(str(config), parser.parse_args(given).cfg_options)
-    init_default_scope(task.name)
-    torch.manual_seed(0)
-    model = MODELS.build(copy.deepcopy(cfg.model))
-    for name, parameter in model.named_parameters():
-        # Boxes and scores that differ from each other.
-        if any(part in name for part in ("rpn_cls", "rpn_reg", "fc_cls", "fc_reg")):
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    path = folder / "model.pth"
-    classes = [f"class {i}" for i in range(1000)]
-    meta = {"dataset_meta": {"classes": classes}}
-    torch.save({"state_dict": model.state_dict(), "meta": meta}, path)
-    return [str(config), str(path), *given], path
+# The others are slow: an exporter's time goes into the sizes that it does not know.
+DEFAULT = {("mask-rcnn", "onnx", None, 2), ("upernet", "onnx", (128, 160), 2)}
+WHOLE = [
+    pytest.param(*one, id=" ".join(map(str, one)), marks=() if one in DEFAULT else SLOW)
+    for name in small.CONFIGS
+    for one in (
+        (name, "onnx", None, 2),
+        (name, "onnx", None, 4),
+        (name, "openvino", None, 2),
+        (name, "pt2", None, 2),
+        (name, "onnx", (128, 160), 2),
+    )
+]
 
 
-@pytest.mark.parametrize("name", list(tiny.TASKS))
-def test_whole_models_equal_openmmlabs(name, project, sample_data, tmp_path):
-    """The command line, whose check runs OpenMMLab's own test step, with its processing."""
-    task = tiny.TASKS[name]
-    (config, checkpoint, *options), _ = saved(task, project, tmp_path)
-    pictures = sorted((sample_data / task.data).rglob("*.[jJ][pP]*[gG]"))[:2]
-    assert pictures
-    out = tmp_path / "model.onnx"
+@pytest.mark.parametrize(("name", "kind", "size", "stages"), WHOLE)
+def test_whole_models_equal_openmmlabs(name, kind, size, stages, project, tmp_path):
+    """OpenMMLab's own test step, with its processing, at two sizes or the one that is given."""
+    cfg, checkpoint = small.make(name, project, tmp_path, stages)
+    pictures = small.pictures(tmp_path)
+    if size is not None:
+        pictures = pictures[:1]
+        resize = {"type": "Resize", "scale": size[::-1], "keep_ratio": False}
+        cfg.test_dataloader.dataset.pipeline[1:-1] = [resize]
+    out = tmp_path / f"model{export.FORMATS[kind]}"
+    export.export_model(cfg, str(checkpoint), out, kind, size)
+    for one in check.compare(cfg, str(checkpoint), runtimes.Deployed(out, threads=1), pictures):
+        assert one.error <= 1e-4, one
+
+
+def test_no_map_of_the_example_is_taken_for_fixed(project, tmp_path):
+    """Sides of 1, and sides that equal each other, would hold for all images."""
+    cfg, _ = small.make("retinanet", project, tmp_path, stages=4)
+    module = deployable("mmdet", MODELS.build(cfg.model))
+    example, dynamic = export.example_for(module, None, batched=False)
+    assert dynamic == (2, 3)
+    sides = [x.shape[2:] for x in module.model.extract_feat(module.normalised(example))]
+    assert len(sides) == 6
+    assert all(1 < height < width for height, width in sides)
+
+
+@pytest.fixture(scope="module")
+def classifier(project, tmp_path_factory) -> tuple[Path, list[str], list[Path]]:
+    """What the command line exported and checked, its arguments, and pictures."""
+    folder = tmp_path_factory.mktemp("classifier")
+    cfg, checkpoint = small.make("classifier", project, folder)
+    cfg.dump(folder / "config.py")
+    arguments = [str(folder / "config.py"), str(checkpoint), folder / "model.onnx"]
     done = tiny.run_python(
-        *(project / "tools/deployment/export.py", config, checkpoint, out),
-        *("--check", *pictures, *options),
-        cwd=tmp_path,
+        *(project / "tools/deployment/export.py", *arguments),
+        *("--check", *small.pictures(folder)),
+        cwd=folder,
         # Room for the table.
         COLUMNS="200",
     )
     assert "onnxruntime differs by" in done.stdout
-    record = json.loads((tmp_path / "model.onnx.json").read_text())
+    return arguments[-1], arguments, small.pictures(folder)
+
+
+def test_record_says_what_the_file_takes_and_gives(classifier):
+    record = json.loads(path_of(classifier[0]).read_text())
     assert record["format"] == FORMAT
-    assert record["task"] == name
+    assert record["task"] == "mmpretrain"
     assert record["classes"][:2] == ["class 0", "class 1"]
     assert record["channels"] == "RGB"
     assert record["size"] is None
-    outputs = {
-        "mmpretrain": ["probabilities"],
-        "mmseg": ["labels"],
-        "mmdet": ["boxes", "scores", "labels", "masks"],
-    }
-    assert record["outputs"] == outputs[name]
+    assert record["outputs"] == ["probabilities"]
+    assert record["custom_op"] is False
+    assert [step["type"] for step in record["transforms"]] == [
+        "LoadImageFromFile",
+        "ResizeEdge",
+        "CenterCrop",
+    ]
+
+
+def test_products_of_bytes_are_smaller_and_near(classifier, tmp_path):
+    from mmengine.config import Config
+
+    from mmvmamba.deployment.quantize import quantize
+
+    out = tmp_path / "model.onnx"
+    for source, target in ((classifier[0], out), (path_of(classifier[0]), path_of(out))):
+        shutil.copyfile(source, target)
+    cfg = Config.fromfile(classifier[1][0])
+    quantize(cfg, out, classifier[2])
+    kinds = {node.op_type for node in onnx.load(out).graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    for one in check.compare(cfg, classifier[1][1], runtimes.Deployed(out), classifier[2]):
+        # Of random weights, which keep less than trained ones of what 256 steps lose.
+        assert 0 < one.error < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tiny.TASKS))
+def test_metrics_equal_openmmlabs(name, project, sample_data, tmp_path):
+    """The tool fails where one differs."""
+    task = tiny.TASKS[name]
+    training = tiny.command_line(task, project, sample_data, tmp_path)
+    tiny.run_python(project / "tools/train.py", *training, cwd=tmp_path)
+    # The exported segmentor labels the image that it is given: in its own size.
+    options = ["--cfg-options", "test_dataloader.dataset.pipeline.1.scale=(96,72)"]
+    done = tiny.run_python(
+        *(project / "tools/deployment/export.py", tmp_path / Path(task.config).name),
+        *(tmp_path / task.last, tmp_path / "model.onnx", "--evaluate"),
+        *(options if name == "mmseg" else []),
+        cwd=tmp_path,
+        COLUMNS="200",
+    )
+    assert task.metric in done.stdout
 
 
 def a_record(**changes) -> Record:
@@ -298,20 +427,32 @@ def test_files_that_cannot_be_used_say_what_to_do(doubling, tmp_path):
         runtimes.Deployed(tmp_path / "model.engine")
 
 
-def test_what_cannot_be_exported_is_named(project):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("dino/dino-4scale_vmamba-tiny-s1l8_8xb2-12e_coco.py", "DINO cannot be exported; exported"),
+        (
+            "mask2former/mask2former_vmamba-tiny-s1l8_8xb2-160k_ade20k-512x512.py",
+            "Mask2FormerHead cannot be exported; exported are heads of one logit",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_named(project, config, message):
     from mmengine.config import Config
 
-    cfg = Config.fromfile(
-        project / "configs/cascade_mask_rcnn"
-        "/cascade-mask-rcnn_vmamba-tiny-s1l8_fpn_ms-crop-3x_coco.py"
-    )
+    cfg = Config.fromfile(project / "configs" / config)
     cfg.model.backbone.update(arch={"dims": 8, "depths": (1, 1, 1, 1)}, init_cfg=None)
-    cfg.model.neck.update(in_channels=[8, 16, 32, 64])
-    for head in cfg.model.roi_head.bbox_head:
-        head.fc_out_channels = 8
-    init_default_scope("mmdet")
-    with pytest.raises(UsageError, match="CascadeRoIHead cannot be exported; exported are Retina"):
-        deployable("mmdet", MODELS.build(cfg.model))
+    channels = [8, 16, 32, 64]
+    if "neck" in cfg.model:
+        cfg.model.neck.in_channels = channels[-len(cfg.model.neck.in_channels) :]
+    else:
+        cfg.model.decode_head.in_channels = channels
+    init_default_scope(scope_of(cfg))
+    with pytest.raises(UsageError, match=message):
+        deployable(scope_of(cfg), MODELS.build(cfg.model))
+
+
+def test_what_does_not_fit_the_model_is_refused():
     with pytest.raises(UsageError, match="models of 'mmpose' cannot be exported"):
         deployable("mmpose", Doubling())
     with pytest.raises(UsageError, match=r"--size 4 64: the model takes images from 8 pixels"):

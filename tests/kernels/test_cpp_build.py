@@ -67,7 +67,7 @@ def test_a_library_that_does_not_load_hides_no_other_one(nothing_built, monkeypa
     """As in a folder that several machines share and this one cannot write to."""
     source = tmp_path / "tiny.cpp"
     source.write_text("int tiny() { return 1; }\n")
-    monkeypatch.setattr(compiler, "_units", lambda: [compiler.Unit("tiny", str(source), ())])
+    monkeypatch.setattr(compiler, "_units", lambda _: [compiler.Unit("tiny", str(source), ())])
     package, cache = nothing_built
     monkeypatch.setattr(build, "_destination", lambda: cache)
     for folder in nothing_built:

@@ -2,6 +2,8 @@
 """Times VMamba beside other models in one run, or computes what they keep. See `--help`."""
 
 import argparse
+import dataclasses
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +16,14 @@ from rich.progress import Progress
 
 from mmvmamba.analysis.activations import Activations, count_activations
 from mmvmamba.analysis.measured import PEERS, Subject
-from mmvmamba.analysis.passes import EXECUTIONS, MEMORY_FORMATS, PASSES, PRECISIONS, Case
+from mmvmamba.analysis.passes import (
+    EXECUTIONS,
+    MEMORY_FORMATS,
+    PASSES,
+    PRECISIONS,
+    RUNTIMES,
+    Case,
+)
 from mmvmamba.analysis.reports import (
     activations_panels,
     activations_tables,
@@ -28,7 +37,7 @@ from mmvmamba.analysis.reports import (
     write_section,
 )
 from mmvmamba.analysis.subjects import find_subject
-from mmvmamba.analysis.throughput import ROUNDS, Result, measure_case
+from mmvmamba.analysis.throughput import ROUNDS, Result, case_of, measure_case
 from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
@@ -67,14 +76,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)"
     )
-    parser.add_argument(
+    execution = parser.add_mutually_exclusive_group()
+    execution.add_argument(
         "--execution",
-        "--runtime",
         nargs="+",
         choices=EXECUTIONS,
         default=["eager"],
-        help="'graph' is a CUDA graph of the whole pass; to runtimes models are exported "
-        "(default: eager)",
+        help="a table each; 'graph' is a CUDA graph of the whole pass (default: eager)",
+    )
+    execution.add_argument(
+        "--runtime",
+        nargs="+",
+        choices=("eager", *RUNTIMES),
+        default=[],
+        help="export every model to these, and let them take turns in one table; 'eager' is the "
+        "model as it is",
     )
     parser.add_argument(
         "--batch",
@@ -131,12 +147,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def subjects(options: argparse.Namespace) -> list[Subject]:
     try:
-        return [
+        models = [
             find_subject(name, options.backbone_only, options.cfg_options)
             for name in dict.fromkeys(options.models)
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if not options.runtime:
+        return models
+    return [
+        dataclasses.replace(model, name=f"{model.name}, {runtime}", execution=runtime)
+        for model in models
+        for runtime in options.runtime
+    ]
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -175,8 +198,8 @@ def benchmark(options: argparse.Namespace) -> None:
         if options.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"--device {options.device}: torch sees no GPU here.")
         try:
-            for case in todo:
-                case.check_device(options.device)
+            for model, case in itertools.product(models, todo):
+                case_of(model, case).check_device(options.device)
         except ValueError as error:
             raise UsageError(str(error)) from error
     about = machine(options.device)

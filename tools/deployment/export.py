@@ -8,21 +8,24 @@ from rich.console import Console
 from rich.table import Table
 
 from mmvmamba.analysis.inspection import find_images
-from mmvmamba.deployment.check import compare, runtime_of
+from mmvmamba.deployment.check import compare, evaluate, runtime_of
 from mmvmamba.deployment.export import FORMATS, export_model
 from mmvmamba.deployment.quantize import quantize
 from mmvmamba.deployment.runtimes import Deployed, check_runtime
 from mmvmamba.engine.cli import (
-    CONFIG_HELP,
-    add_cfg_options,
-    load_config,
+    add_config_arguments,
+    load_config_and_data,
     run_command,
     tell_notices,
 )
 from mmvmamba.engine.errors import UsageError
+from mmvmamba_kernels.backends.native import compiler, extension
 
 WORST = 1e-4
 """Largest error of `--check`: a rounding error of the networks, which probabilities enlarge."""
+
+WORST_METRIC = 1e-3
+"""Largest difference of `--evaluate`, of metrics from 0 to 1; of percentages a hundred times it."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Export a whole classifier, segmentor or detector, from pixels to results, and "
         "a JSON file beside it that says what to do with them."
     )
-    parser.add_argument("config", help=CONFIG_HELP)
+    add_config_arguments(parser)
     parser.add_argument("checkpoint", help="a checkpoint file or URL")
     parser.add_argument(
         "out", type=Path, help=f"the file to write, which ends in {', '.join(FORMATS.values())}"
@@ -59,12 +62,23 @@ def parse_arguments() -> argparse.Namespace:
         "and fail where they differ",
     )
     parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="compute the metrics of the config's test data with the original and the exported "
+        "model, and fail where they differ",
+    )
+    parser.add_argument(
         "--int8",
         nargs="+",
         metavar="IMAGES",
         help="ONNX: products of 8-bit integers, calibrated on these images, or folders of them",
     )
-    add_cfg_options(parser)
+    parser.add_argument(
+        "--custom-op",
+        action="store_true",
+        help="ONNX Runtime: scan with the C++ kernel, in a library that "
+        f"{extension.build_command(compiler.ONNX_RUNTIME)} makes",
+    )
     return parser.parse_args()
 
 
@@ -95,20 +109,41 @@ def check(options: argparse.Namespace, cfg, images: list[Path], console: Console
         )
 
 
+def compare_metrics(options: argparse.Namespace, cfg, console: Console) -> None:
+    deployed = Deployed(options.out)
+    ours, theirs = evaluate(cfg, options.checkpoint, deployed)
+    table = Table("metric")
+    for title in ("eager", runtime_of(deployed)):
+        table.add_column(title, justify="right")
+    for name, value in ours.items():
+        table.add_row(name, f"{value:.4f}", f"{theirs[name]:.4f}")
+    console.print(table)
+    # Classifiers and segmentors have percentages.
+    scale = 1 if deployed.record.task == "mmdet" else 100
+    worst = max(abs(theirs[name] - value) / scale for name, value in ours.items())
+    if not options.int8 and not worst <= WORST_METRIC:
+        raise UsageError(
+            f"a metric of {options.out} differs by {worst:.1e} from the original's, more than "
+            f"{WORST_METRIC:.0e}."
+        )
+
+
 def export(options: argparse.Namespace) -> None:
     kind = kind_of(options)
-    if options.int8 and kind != "onnx":
-        raise UsageError("--int8 is ONNX Runtime's: give a file that ends in .onnx.")
+    for name in ("int8", "custom_op"):
+        if getattr(options, name) and kind != "onnx":
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} is ONNX Runtime's: give a file that ends in .onnx.")
     # What could only fail after the export.
     calibration, checked = (
         find_images(given) if given else [] for given in (options.int8, options.check)
     )
-    if calibration or checked:
+    if calibration or checked or options.evaluate:
         check_runtime(options.out)
-    cfg = load_config(options.config, options.cfg_options)
+    cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
     tell_notices(cfg)
     size = tuple(options.size) if options.size else None
-    record = export_model(cfg, options.checkpoint, options.out, kind, size)
+    record = export_model(cfg, options.checkpoint, options.out, kind, size, options.custom_op)
     if options.int8:
         quantize(cfg, options.out, calibration)
     console = Console(highlight=False, soft_wrap=True)
@@ -121,6 +156,8 @@ def export(options: argparse.Namespace) -> None:
     )
     if options.check:
         check(options, cfg, checked, console)
+    if options.evaluate:
+        compare_metrics(options, cfg, console)
 
 
 def main() -> None:

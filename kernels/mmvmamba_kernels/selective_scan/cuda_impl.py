@@ -59,7 +59,7 @@ def _arguments(scan: Arguments, dtype: torch.dtype) -> tuple:
         batch,
         1,
         length,
-        cuda_scan.path_codes(_paths(groups)),
+        cpp_scan.path_codes(_paths(groups)),
         softplus,
     )
 

@@ -38,7 +38,7 @@ def _arguments(scan: Arguments) -> tuple:
         cuda_scan.parameter(A.mT, dtype),
         cuda_scan.parameter(D, dtype),
         *x.shape[:3],
-        cuda_scan.path_codes(scan.directions),
+        cpp_scan.path_codes(scan.directions),
         True,
     )
 

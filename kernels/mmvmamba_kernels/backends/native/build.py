@@ -2,8 +2,9 @@
 
 The library for the CPU needs a compiler for C++17 (GCC 9 or Clang 10 and later) and nothing else;
 it serves every PyTorch. With ``--cuda`` the one for NVIDIA GPUs is built as well, for this PyTorch:
-it needs nvcc of the CUDA version that PyTorch was built with, and no GPU. Libraries go into the
-package, or into the user's cache where the package's folder cannot be written.
+it needs nvcc of the CUDA version that PyTorch was built with, and no GPU. With ``--onnxruntime``
+the scan is built as an operator of ONNX Runtime, which needs no more than the CPU's. Libraries go
+into the package, or into the user's cache where the package's folder cannot be written.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 from mmvmamba_kernels.backends.native import extension
 from mmvmamba_kernels.backends.native.compiler import (
+    ONNX_RUNTIME,
     BuildError,
     Unit,
     compile_library,
@@ -96,6 +98,25 @@ def build(force: bool = False, destination: Path | None = None) -> Path:
             return present
         extension.load.cache_clear()
     return compile_library(destination or _destination())
+
+
+def build_onnxruntime(force: bool = False) -> Path:
+    """Compile ONNX Runtime's operators unless they are there; neither it nor PyTorch is needed.
+
+    Args:
+        force: Compile in any case.
+
+    Returns:
+        The library's path, for ``SessionOptions.register_custom_ops_library``.
+
+    Raises:
+        BuildError: If there is no compiler, it fails, or there is nowhere to write to.
+    """
+    present = extension.find_library(ONNX_RUNTIME)
+    if present is not None and not force:
+        logger.info("already built: %s", present)
+        return present
+    return compile_library(_destination(), ONNX_RUNTIME)
 
 
 def _package_folders() -> Iterable[Path]:
@@ -266,6 +287,11 @@ def main() -> int:
         "else the GPUs of this machine, else all that nvcc knows of "
         + ", ".join(f"{a // 10}.{a % 10}" for a in DEFAULT_ARCHITECTURES),
     )
+    parser.add_argument(
+        "--onnxruntime",
+        action="store_true",
+        help="also compile the scan as an operator of ONNX Runtime",
+    )
     arguments = parser.parse_args()
     if arguments.arch and not arguments.cuda:
         parser.error("--arch needs --cuda")
@@ -274,6 +300,8 @@ def main() -> int:
         build(arguments.force)
         if arguments.cuda:
             build_cuda(arguments.arch, arguments.force)
+        if arguments.onnxruntime:
+            build_onnxruntime(arguments.force)
     except BuildError as error:
         logger.error("cannot build the C++ kernels: %s", error)  # noqa: TRY400
         return 1

@@ -1,4 +1,4 @@
-"""Compiling the CPU's library with a C++ compiler. Needs no PyTorch: `setup.py` runs this alone."""
+"""Compiling what needs a C++ compiler alone: `setup.py` runs this module without PyTorch."""
 
 from __future__ import annotations
 
@@ -47,24 +47,35 @@ class Unit:
     flags: tuple[str, ...]
 
 
-def digest(others: Iterable[str], parts: Iterable[str]) -> str:
-    """What tells a library of these sources from others.
+ONNX_RUNTIME = "onnxruntime"
+"""The library of ONNX Runtime's operators."""
+
+# By library: the folders of its sources, and what is compiled beside the CPU's kernels.
+_LIBRARIES = {
+    "cpu": (["cpu"], Unit("tasks", "cpu/scan_library.cpp", ("-fopenmp",))),
+    ONNX_RUNTIME: (["cpu", "onnxruntime"], Unit("operator", "onnxruntime/scan_op.cpp", ())),
+}
+
+
+def library_name(kind: str, folders: Iterable[str], parts: Iterable[str] = ()) -> str:
+    """File name of a library for these sources and this kind of machine.
 
     Args:
-        others: Folders of `SOURCES` that are of another library.
-        parts: What else the library depends on.
+        kind: Which library; the CPU's has no kind in its name.
+        folders: Folders of `SOURCES` that it is made of, beside what all libraries share.
+        parts: What else it depends on.
     """
-    found = hashlib.sha256(" ".join([*parts, platform.system(), platform.machine()]).encode())
-    left_out = [SOURCES / other for other in others]
-    for path in sorted(SOURCES.rglob("*")):
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in left_out):
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+    digest = hashlib.sha256(" ".join([*parts, platform.system(), platform.machine()]).encode())
+    shared = [path for path in SOURCES.iterdir() if path.is_file()]
+    own = [path for folder in folders for path in (SOURCES / folder).rglob("*") if path.is_file()]
+    for path in sorted(shared + own):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"libmmvmamba_kernels{'' if kind == 'cpu' else '_' + kind}-{digest.hexdigest()[:16]}.so"
 
 
-def library_name() -> str:
-    """File name of the CPU's library for these sources and this kind of machine."""
-    return f"libmmvmamba_kernels-{digest(['cuda'], [])}.so"
+def compiled_name(kind: str = "cpu") -> str:
+    """File name of a library that :func:`compile_library` makes."""
+    return library_name(kind, _LIBRARIES[kind][0])
 
 
 def find_compiler() -> list[str]:
@@ -129,8 +140,8 @@ def make(
     return library
 
 
-def _units() -> list[Unit]:
-    """What to compile, longest first."""
+def _units(kind: str) -> list[Unit]:
+    """What to compile for a library."""
     instruction_sets = {"baseline": ()}
     if platform.machine() in ("x86_64", "AMD64"):
         instruction_sets |= {"avx2": _AVX2, "avx512": _AVX512}
@@ -142,14 +153,18 @@ def _units() -> list[Unit]:
         )
         for name, flags in reversed(instruction_sets.items())
     ]
-    return [*kernels, Unit("tasks", "cpu/scan_library.cpp", ("-fopenmp",))]
+    return [*kernels, _LIBRARIES[kind][1]]
 
 
-def compile_library(destination: Path) -> Path:
-    """Compile the library for the CPU.
+def compile_library(destination: Path, kind: str = "cpu") -> Path:
+    """Compile the library for the CPU, or that of ONNX Runtime's operators.
 
-    It is linked to no OpenMP runtime: PyTorch's own, which every process with PyTorch has loaded,
-    serves it. A second one would have threads of its own.
+    The former is linked to no OpenMP runtime: PyTorch's own, which every process with PyTorch has
+    loaded, serves it. A second one would have threads of its own.
+
+    Args:
+        destination: Folder for the library.
+        kind: 'cpu' or `ONNX_RUNTIME`.
 
     Returns:
         The library's path.
@@ -157,4 +172,4 @@ def compile_library(destination: Path) -> Path:
     Raises:
         BuildError: If there is no compiler, or it fails.
     """
-    return make(_units(), [*find_compiler(), *_FLAGS], [], library_name(), destination)
+    return make(_units(kind), [*find_compiler(), *_FLAGS], [], compiled_name(kind), destination)

@@ -121,6 +121,11 @@ def carries_shape(
     return len(paths), batch * lines, ceil_div(length, _TILE), states, blocks * _LANES
 
 
+def path_codes(paths: tuple[Path, ...]) -> list[int]:
+    """The paths as the libraries take them: bits for column-major, reverse and per line."""
+    return [p.column_major + 2 * p.reverse + 4 * p.per_line for p in paths]
+
+
 def forward(scan: Scan, out: Tensor, carries: Tensor | None) -> None:
     """Writes the output (B, P, D), and into `carries` the states that enter the tiles."""
     params, _kept = _describe(scan, carries)
@@ -287,21 +292,11 @@ def _paths(scan: Scan) -> ctypes.Array:
 
 @functools.lru_cache(256)
 def _computed_paths(paths: tuple[Path, ...], height: int, width: int) -> ctypes.Array:
-    return _array([_computed_path(path, height, width) for path in paths])
-
-
-def _computed_path(path: Path, height: int, width: int) -> _Path:
-    length, line_stride, step = (height, 1, width) if path.column_major else (width, width, 1)
-    sequences, steps = path.sequences(height, width)
-    return _Path(
-        sequences=sequences,
-        length=steps,
-        sequence_stride=line_stride if path.per_line else 0,
-        inner=length,
-        inner_stride=step,
-        outer_stride=line_stride,
-        reverse=path.reverse,
-    )
+    computed = _array([_Path() for _ in paths])
+    for code, path in zip(path_codes(paths), computed, strict=True):
+        numbers = map(c_int64, (code, height, width))
+        extension.library().mmvmamba_make_path(*numbers, ctypes.byref(path))
+    return computed
 
 
 def _array(paths: Sequence[_Path]) -> ctypes.Array:

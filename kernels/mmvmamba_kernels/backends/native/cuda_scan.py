@@ -27,11 +27,6 @@ def carries_shape(
     return batch * lines, len(paths), ceil_div(length, saved), states, channels
 
 
-def path_codes(paths: tuple[Path, ...]) -> list[int]:
-    """The paths as the library takes them: bits for column-major, reverse and per line."""
-    return [p.column_major + 2 * p.reverse + 4 * p.per_line for p in paths]
-
-
 def map_dtype(dtype: torch.dtype, *maps: Tensor) -> torch.dtype:
     """The dtype that maps are read in, given that of states and sums: float64 stays unmixed."""
     if dtype == torch.float64:

@@ -29,14 +29,14 @@ def library_name(device: str = "cpu", architectures: tuple[int, ...] = ()) -> st
     use PyTorch's C++ interface, which changes with its version.
 
     Args:
-        device: Which library, of those of :data:`DEVICES`.
+        device: Which library, of those of :data:`DEVICES`, or :data:`compiler.ONNX_RUNTIME`.
         architectures: The GPUs that it is compiled for, ten times their compute capability.
     """
-    if device == "cpu":
-        return compiler.library_name()
-    digest = compiler.digest(["cpu"], [torch.__version__, str(torch.version.cuda)])
-    suffix = "".join(f"-sm{a}" for a in architectures)
-    return f"libmmvmamba_kernels_{device}-{digest}{suffix}.so"
+    if device != "cuda":
+        return compiler.compiled_name(device)
+    versions = (torch.__version__, str(torch.version.cuda))
+    name = Path(compiler.library_name(device, ["cuda"], versions))
+    return name.stem + "".join(f"-sm{a}" for a in architectures) + name.suffix
 
 
 def compiled_architectures(library: Path) -> tuple[int, ...]:

@@ -5,6 +5,7 @@
 // and results are the same, bit for bit, at every run and every number of threads.
 
 #include "scan_kernels.h"
+#include "scan_paths.h"
 
 #define MMVMAMBA_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -53,6 +54,12 @@ void backward(const ScanKernels<T>& kernels, const void* params, int64_t first, 
 MMVMAMBA_EXPORT void mmvmamba_sizes(int64_t* params, int64_t* path) {
   *params = sizeof(mmvmamba::ScanParams<float>);
   *path = sizeof(mmvmamba::Path);
+}
+
+// The path of a code over a map.
+MMVMAMBA_EXPORT void mmvmamba_make_path(int64_t code, int64_t height, int64_t width,
+                                        mmvmamba::Path* path) {
+  *path = mmvmamba::make_path(code, height, width);
 }
 
 // All images; `params` is a ScanParams<double> or <float>.
