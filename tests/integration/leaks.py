@@ -128,7 +128,7 @@ class Recorder(Hook):
 
 def size(steps: int) -> tuple[int, int]:
     """A height and a width, of so many that hardly two images of a run are of one size."""
-    sides = range(32, 257 if steps > 1000 else 129)
+    sides = range(32, 257 if steps > 1000 else 97)
     return random.choice(sides), random.choice(sides)
 
 
@@ -163,7 +163,7 @@ def leak_backbone(steps: int) -> Iterator[None]:
         yield
 
 
-def load_config(name: str, sample_data: Path, work_dir: Path) -> Config:
+def load_config(name: str, steps: int, sample_data: Path, work_dir: Path) -> Config:
     """A task's tiny config, in which images keep to no size."""
     arguments = command_line(TASKS[name], PROJECT, sample_data, work_dir)
     cfg = cli.train_config(cli.parse_train_arguments(arguments))
@@ -172,8 +172,9 @@ def load_config(name: str, sample_data: Path, work_dir: Path) -> Config:
         cfg.model.data_preprocessor.pad_size_divisor = 1
     if name == "mmseg":
         cfg.model.data_preprocessor.update(size=None, size_divisor=1)
+    side = 64 if steps > 1000 else 48
     resized = {
-        "train": {"scale": (64, 64), "ratio_range": (0.5, 1.5), "type": "RandomResize"},
+        "train": {"scale": (side, side), "ratio_range": (0.5, 1.5), "type": "RandomResize"},
         "test": {"scale_factor": 1.0, "type": "Resize"},
     }
     for split, resize in resized.items():
@@ -186,7 +187,7 @@ def load_config(name: str, sample_data: Path, work_dir: Path) -> Config:
 
 def train(name: str, recorder: Recorder, steps: int, sample_data: Path) -> None:
     """A training of a task, with four checkpoints and evaluations, and processes that load."""
-    cfg = load_config(name, sample_data, recorder.out.parent)
+    cfg = load_config(name, steps, sample_data, recorder.out.parent)
     loader = cfg.train_dataloader
     loader.update(batch_size=2, num_workers=1, persistent_workers=True)
     if name == "mmpretrain":
@@ -205,7 +206,7 @@ def train(name: str, recorder: Recorder, steps: int, sample_data: Path) -> None:
 
 def infer(name: str, steps: int, sample_data: Path, work_dir: Path) -> Iterator[None]:
     """Inferences through a task's functions and its inferencer in turn."""
-    cfg = load_config(name, sample_data, work_dir)
+    cfg = load_config(name, steps, sample_data, work_dir)
     if name == "mmdet":
         from mmdet.apis import DetInferencer, inference_detector, init_detector
 

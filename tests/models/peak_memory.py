@@ -1,7 +1,8 @@
 """The memory that backbones need at their peak, measured in a process of its own.
 
-`python peak_memory.py HEIGHT WIDTH PASS ARGUMENTS` prints a list of `[peak in MiB, finite]`, one
-for each of the JSON list ARGUMENTS of `VMamba`'s arguments. PASS is 'forward' or 'training'.
+`python peak_memory.py HEIGHT WIDTH ARGUMENTS PASS...` prints, for each PASS, a list of
+`[peak in MiB, finite]`, one for each of the JSON list ARGUMENTS of `VMamba`'s arguments. A PASS is
+'forward' or 'training'.
 """
 
 import json
@@ -45,10 +46,13 @@ def measure(arguments: dict, size: tuple[int, int], training: bool) -> tuple[flo
 
 def main() -> None:
     """Measures what the command line names."""
-    height, width, what, arguments = sys.argv[1:]
+    height, width, arguments, *passes = sys.argv[1:]
     torch.manual_seed(0)
     size = int(height), int(width)
-    found = [measure(each, size, what == "training") for each in json.loads(arguments)]
+    found = {
+        what: [measure(each, size, what == "training") for each in json.loads(arguments)]
+        for what in passes
+    }
     sys.stdout.write(json.dumps(found))
 
 

@@ -41,8 +41,10 @@ TOLERANCE = 1e-4
 ODD = [(1, 4096), (33, 1025), (32, 1024), (4096, 1)]
 
 
-def peaks(size: tuple[int, int], what: str, arguments: list[dict]) -> list[tuple[float, bool]]:
-    """Peak of resident memory in MiB and whether results are finite; see `peak_memory`."""
+def peaks(
+    size: tuple[int, int], arguments: list[dict], *passes: str
+) -> dict[str, list[tuple[float, bool]]]:
+    """Peaks of resident memory in MiB and whether results are finite; see `peak_memory`."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -52,7 +54,7 @@ def peaks(size: tuple[int, int], what: str, arguments: list[dict]) -> list[tuple
     }
     program = Path(__file__).with_name("peak_memory.py")
     done = subprocess.run(
-        [sys.executable, program, *map(str, size), what, json.dumps(arguments)],
+        [sys.executable, program, *map(str, size), json.dumps(arguments), *passes],
         env=environment,
         capture_output=True,
         text=True,
@@ -68,28 +70,26 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from 
 
 @linux
 @pytest.mark.parametrize(
-    ("what", "side"),
+    ("side", "passes"),
     [
-        ("forward", 1024),
-        ("training", 1024),
-        pytest.param("forward", 2048, marks=pytest.mark.slow),
+        (1024, ("forward", "training")),
+        pytest.param(2048, ("forward",), marks=pytest.mark.slow),
     ],
 )
-def test_large_images_within_stated_memory(what, side):
+def test_large_images_within_stated_memory(side, passes):
     arguments = [{"arch": SMALL | changes} for changes, *_ in ARCHS.values()]
     one_map = SMALL["dims"] * (side // 4) ** 2 * 4 / 2**20
-    for (name, bounds), (peak, finite) in zip(
-        ARCHS.items(), peaks((side, side), what, arguments), strict=True
-    ):
-        assert finite, name
-        assert peak < bounds[1 if what == "forward" else 2] * one_map, name
+    for what, found in peaks((side, side), arguments, *passes).items():
+        for (name, bounds), (peak, finite) in zip(ARCHS.items(), found, strict=True):
+            assert finite, (what, name)
+            assert peak < bounds[1 if what == "forward" else 2] * one_map, (what, name)
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", BOUNDS_OF_MODELS)
 def test_large_images_through_the_papers_models(arch):
-    ((peak, finite),) = peaks((2048, 2048), "forward", [{"arch": arch}])
+    ((peak, finite),) = peaks((2048, 2048), [{"arch": arch}], "forward")["forward"]
     assert finite
     assert peak < BOUNDS_OF_MODELS[arch]
 
