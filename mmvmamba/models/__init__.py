@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from mmvmamba.compat import install_command
+from mmvmamba.models.compared import VisionMamba
 from mmvmamba.models.complexity import register_with_mmengine
 from mmvmamba.models.layers import VSSBlock
 from mmvmamba.models.official import MM_VSSM
@@ -10,7 +11,7 @@ from mmvmamba.models.ss2d import SS2D, Mamba2Mixer
 from mmvmamba.models.vmamba import VMamba
 from mmvmamba.registry import MODELS
 
-__all__ = ["MM_VSSM", "SS2D", "Mamba2Mixer", "VMamba", "VSSBlock"]
+__all__ = ["MM_VSSM", "SS2D", "Mamba2Mixer", "VMamba", "VSSBlock", "VisionMamba"]
 
 # Classes made of parts of upstream packages, which take seconds to import and may be missing:
 # name -> (module, upstream package).

@@ -46,8 +46,9 @@ DAMAGE = (
 )
 
 
-# The stem's first convolution, the one weight whose shape follows the images' channels.
-STEM = "patch_embed.0.weight"
+# The stem's first convolution, the one weight whose shape follows the images' channels; VMamba's
+# and Vim's.
+STEMS = ("patch_embed.0.weight", "patch_embed.proj.weight")
 
 Channels = Literal["repeat", "mean", "zeros"]
 
@@ -154,9 +155,10 @@ def read_checkpoint(source: str | Path) -> dict:
     # A file that was fetched once is not fetched again while it is there.
     remedy = f"Delete it and fetch {source} again." if fetched else "Fetch or write it again."
     _check_file(path, remedy)
-    # The official files carry their training configuration as a yacs CfgNode, a kind of dict: it
-    # is read as a plain dict and never as a class of another package.
-    with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+    # The official files carry their training configuration as a yacs CfgNode, a kind of dict, and
+    # Vim's as arguments: both are read as a plain dict and never as another class.
+    configurations = ("yacs.config.CfgNode", "argparse.Namespace")
+    with torch.serialization.safe_globals([(OrderedDict, name) for name in configurations]):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -308,27 +310,31 @@ def find_state_dict(
 
 
 def is_official_classifier(state: Iterable[str]) -> bool:
-    """Tells whether a state dict's keys are those of the official classification model."""
+    """Tells whether a state dict's keys are those of VMamba's or Vim's classification model."""
     keys = set(state)
-    return "patch_embed.0.weight" in keys and any(k.startswith("classifier.") for k in keys)
+    is_vim = keys >= {"layers.0.mixer.A_b_log", "head.weight"}
+    is_vmamba = "patch_embed.0.weight" in keys and any(k.startswith("classifier.") for k in keys)
+    return is_vim or is_vmamba
 
 
 def classifier_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames an official classification state dict to that of our `ImageClassifier` configs.
 
-    `classifier.*` becomes `head.*` (`VMambaClsHead`), all else `backbone.*`. The official
-    backbone's `outnorm{i}`, which a classifier does not have, are left out.
+    VMamba's `classifier.*` becomes `head.*` (`VMambaClsHead`), Vim's `head.*` becomes `head.fc.*`
+    (`LinearClsHead`), and all else `backbone.*`. The official backbone's `outnorm{i}`, which a
+    classifier does not have, are left out.
     """
     names = {key: name_from_official_classifier(key) for key in state}
     return {name: state[key] for key, name in names.items() if name}
 
 
 def name_from_official_classifier(key: str) -> str | None:
-    """Our name of one of the official classification model's parameters; None for `outnorm{i}`."""
+    """Our name of one of an official classification model's parameters; None for `outnorm{i}`."""
     if key.startswith("outnorm"):
         return None
     part, _, name = key.partition(".")
-    return f"head.{name}" if part == "classifier" else f"backbone.{key}"
+    heads = {"classifier": f"head.{name}", "head": f"head.fc.{name}"}
+    return heads.get(part, f"backbone.{key}")
 
 
 def name_to_official_classifier(key: str) -> str:
@@ -343,7 +349,9 @@ def name_to_official_classifier(key: str) -> str:
             f"key {key!r} belongs neither to the backbone nor to the head: this is not a VMamba "
             "classifier."
         )
-    return f"classifier.{name}" if part == "head" else name
+    if part == "backbone":
+        return name
+    return f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"classifier.{name}"
 
 
 def convert(
@@ -436,7 +444,7 @@ def channels_hint(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
 
 def _other_channels(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     def is_other(key: str) -> bool:
-        if not f".{key}".endswith(f".{STEM}") or key not in expected:
+        if not f".{key}".endswith(tuple(f".{stem}" for stem in STEMS)) or key not in expected:
             return False
         found, wanted = state[key].shape, expected[key].shape
         return len(found) == 4 and found[1] != wanted[1] and found[2:] == wanted[2:]
@@ -457,7 +465,7 @@ def load_backbone(
     detection, segmentation and classification files (`backbone.*`), and bare state dicts.
 
     Args:
-        backbone: A `VMamba`; its `out_indices` say which `outnorm{i}` it has.
+        backbone: A `Backbone`.
         source: A local path or a URL.
         prefix: Where the backbone stands in the file. Without it, 'backbone.' if the file has such
             keys, else the file's top level.
@@ -467,8 +475,9 @@ def load_backbone(
             None for the first of `STATE_DICT_ENTRIES`.
 
     Returns:
-        What was loaded. The only keys that may keep their initial value are `outnorm{i}`, and only
-        if the file has none of them, as a classification file has not.
+        What was loaded. The only keys that may keep their initial value are those of its
+        `own_parts` (a VMamba's `outnorm{i}`), and only if the file has none of them, as a
+        classification file has not.
 
     Raises:
         CheckpointError: If the file cannot be read, or a key is missing, unknown or of another
@@ -488,14 +497,14 @@ def load_backbone(
 
     expected = backbone.state_dict()
     foreign = [
-        key for key in state if key.startswith(("classifier.", "outnorm")) and key not in expected
+        key for key in state if key.startswith(backbone.foreign_parts) and key not in expected
     ]
     ignored += [prefix + key for key in foreign]
-    has_outnorm = any(key.startswith("outnorm") for key in state)
+    has_own = any(key.startswith(backbone.own_parts) for key in state)
     state = {key: state[key] for key in state if key not in set(foreign)}
     state = fit_stems(state, expected, in_channels)
     missing = [key for key in expected if key not in state]
-    kept = [] if has_outnorm else [key for key in missing if key.startswith("outnorm")]
+    kept = [] if has_own else [key for key in missing if key.startswith(backbone.own_parts)]
     missing = [key for key in missing if key not in set(kept)]
     unknown = [key for key in state if key not in expected]
     shapes = [
@@ -531,8 +540,10 @@ def fits(found: torch.Size, expected: torch.Size) -> bool:
     """
     if len(expected) == 2:
         return found in (expected, (*expected, 1, 1))
-    is_embedding = len(found) == len(expected) == 4 and found[0] == 1
-    return found == expected or (is_embedding and found[:2] == expected[:2])
+    # (1, C, H, W), and (1, L, C) of Vim.
+    is_embedding = len(found) == len(expected) and len(found) in (3, 4) and found[0] == 1
+    channels = 1 if len(found) == 4 else 2
+    return found == expected or (is_embedding and found[channels] == expected[channels])
 
 
 def accept_conv_weights(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:

@@ -284,11 +284,11 @@ class DropPath(nn.Module):
         return None if mask is None else mask / (1 - self.drop_prob)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The residual sum of `x` and `branch`, both (B, H, W, C)."""
+        """The residual sum of `x` and `branch`, both (B, ..., C)."""
         mask = self._mask(x)
         if mask is None:
             return x + branch
-        mask = mask.to(branch.dtype).view(-1, 1, 1, 1)
+        mask = mask.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))
         return torch.addcmul(x, branch, mask, value=1 / (1 - self.drop_prob))
 
     def extra_repr(self) -> str:

@@ -8,20 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, fx, nn
 from torch._inductor import list_mode_options
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmvmamba.models.arguments import ArgumentError, check_choice
-from mmvmamba.models.checkpoint import (
-    Channels,
-    LoadReport,
-    accept_conv_weights,
-    load_backbone,
-    split_pretrained,
-)
+from mmvmamba.models.backbone import Backbone
+from mmvmamba.models.checkpoint import accept_conv_weights
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -205,7 +198,7 @@ def _mamba2(dims: int, depth: int, drop_path_rate: float) -> Arch:
 
 
 @MODELS.register_module()
-class VMamba(BaseModule):
+class VMamba(Backbone):
     """VMamba, a backbone of linear complexity in the number of positions.
 
     Parameter names are the official repository's. Maps are channels-last inside; what goes in and
@@ -254,6 +247,8 @@ class VMamba(BaseModule):
         "base-m2": _mamba2(128, 12, 0.3),
     }
     arch_aliases = {"tiny": "tiny-s1l8", "small": "small-s2l15", "base": "base-s2l15"}  # noqa: RUF012
+    foreign_parts = ("classifier.", "outnorm")
+    own_parts = ("outnorm",)
 
     def __init__(
         self,
@@ -482,22 +477,6 @@ class VMamba(BaseModule):
         # (RoIAlign among them) read such maps as if they were NCHW, silently.
         return x.permute(0, 3, 1, 2).contiguous()
 
-    def init_weights(self) -> None:
-        """Initialises as `init_cfg` says; without one, the constructor's weights stay.
-
-        Raises:
-            CheckpointError: If `init_cfg` names a checkpoint that cannot be loaded completely.
-        """
-        if self._is_init:
-            return
-        configured = self.init_cfg
-        pretrained, self.init_cfg = split_pretrained(configured)
-        super().init_weights()
-        self.init_cfg = configured
-        for cfg in pretrained:
-            options = {key: cfg.get(key) for key in ("prefix", "in_channels", "entry")}
-            self.load_pretrained(cfg["checkpoint"], **options)
-
     def compile(
         self,
         *,
@@ -519,18 +498,6 @@ class VMamba(BaseModule):
             named = list_mode_options(mode) if mode else options or {}
             mode, options = None, COMPILE_OPTIONS | named
         super().compile(backend=backend, mode=mode, options=options, **others)
-
-    def load_pretrained(
-        self,
-        source: str,
-        prefix: str | None = None,
-        in_channels: Channels | None = None,
-        entry: str | None = None,
-    ) -> LoadReport:
-        """Loads weights strictly and logs what became of every key; see `load_backbone`."""
-        report = load_backbone(self, source, prefix, in_channels, entry)
-        print_log(f"{type(self).__name__}: {report}", logger="current")
-        return report
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """Tells a parameter's depth for layer-wise learning-rate decay.
@@ -604,8 +571,8 @@ def check_images(x: Tensor, channels: int, least: int) -> None:
     if not is_image or x.shape[1] != channels:
         found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x)
         raise ValueError(
-            f"VMamba takes floating-point images (B, {channels}, H, W), got {found}. "
-            "In an OpenMMLab model, the data_preprocessor makes them from what the data set gives."
+            f"the backbone takes floating-point images (B, {channels}, H, W), got {found}. In an "
+            "OpenMMLab model, the data_preprocessor makes them from what the data set gives."
         )
     if min(x.shape[-2:]) < least:
         raise ValueError(
