@@ -46,6 +46,8 @@ class S4NDConvNeXt(ConvNeXt):
         check_choice("downsample", downsample, ("conv", "s4nd"))
         ssm = {"d_state": d_state, "n_ssm": n_ssm}
         convolution, norm = self.downsample_layers[0]
+        # Its first convolution is not the first layer.
+        self.image_channels = convolution.in_channels
         self.downsample_layers[0] = nn.Sequential(
             S4ND(convolution.in_channels, out_channels=STEM_CHANNELS, l_max=STEM_KERNEL, **ssm),
             *_gated_average(STEM_CHANNELS, convolution.out_channels, STRIDE),
