@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 NUM_CLASSES = 1000
 
-# Short names of the models that VMamba is compared with: the library, and its name for them.
+# Short names of the models that VMamba is compared with: the library, and its name for them, which
+# is a config's where it is not timm.
 PEERS = {
     "swin-tiny": ("timm", "swin_tiny_patch4_window7_224"),
     "swin-small": ("timm", "swin_small_patch4_window7_224"),
@@ -32,6 +33,11 @@ PEERS = {
     "xcit-medium": ("timm", "xcit_medium_24_p16_224"),
     "resnet-50": ("timm", "resnet50"),
     "resnet-101": ("timm", "resnet101"),
+    "nat-tiny": ("mmvmamba", "nat/nat-tiny_8xb128_in1k.py"),
+    "nat-small": ("mmvmamba", "nat/nat-small_8xb128_in1k.py"),
+    "nat-base": ("mmvmamba", "nat/nat-base_8xb128_in1k.py"),
+    "s4nd-convnext-tiny": ("mmvmamba", "s4nd/s4nd-convnext-tiny_32xb120_in1k.py"),
+    "s4nd-vit-base": ("mmvmamba", "s4nd/s4nd-vit-base_8xb128_in1k.py"),
 }
 
 Build = Callable[[tuple[int, int]], nn.Module]
@@ -113,9 +119,14 @@ def number_of_parameters(model: nn.Module) -> int:
 
 
 def image_channels(model: nn.Module) -> int:
-    """Channels of the images that a model takes: those of its backbone's first convolution."""
+    """Channels of the images that a model takes: those of its backbone's first convolution.
+
+    A backbone that begins with something else says them as `image_channels`.
+    """
     named = model.named_modules()
     backbone = next((part for name, part in named if f".{name}".endswith(".backbone")), model)
+    if hasattr(backbone, "image_channels"):
+        return backbone.image_channels
     convolutions = (part for part in backbone.modules() if isinstance(part, nn.Conv2d))
     return next((convolution.in_channels for convolution in convolutions), 3)
 

@@ -11,7 +11,6 @@ from copy import deepcopy
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -24,6 +23,10 @@ from mmvmamba.models import VMamba
 from mmvmamba.registry import MODELS
 
 CHECKPOINTING = "+cp"
+
+# What a classifier leaves to its head, and a backbone that stands alone does: its last map has
+# passed a norm, and is a map.
+BACKBONE_SETTINGS = {"outnorm": True, "gap_before_final_norm": False}
 
 
 def find_subject(
@@ -45,7 +48,7 @@ def find_subject(
     if is_config(name):
         cfg = load_config(name, overrides)
         tell_notices(cfg)
-        return _config_subject(Path(name.rpartition("::")[2]).stem, cfg, backbone_only)
+        return config_subject(Path(name.rpartition("::")[2]).stem, cfg, backbone_only)
     _check_name(name)
     return Subject(
         name,
@@ -107,11 +110,14 @@ def _build_by_name(name: str, size: tuple[int, int] | None, backbone_only: bool)
     if arch in VMamba.arch_settings or arch in VMamba.arch_aliases:
         return _build_vmamba(arch, arch != name, backbone_only)
     library, target = PEERS.get(name, ("timm", name))
-    if library == "mmpretrain":
-        cfg = get_config(f"{library}::{target}").model
-        if size is not None:
+    if library != "timm":
+        cfg = load_config(f"{library}::{target}").model
+        if size is not None and "img_size" in cfg.backbone:
             cfg.backbone.img_size = size
-        return _build_from_config(library, cfg, backbone_only)
+        for setting, value in BACKBONE_SETTINGS.items() if backbone_only else ():
+            if setting in cfg.backbone:
+                cfg.backbone[setting] = value
+        return _build_from_config("mmpretrain", cfg, backbone_only)
     kind = {"features_only": True} if backbone_only else {"num_classes": NUM_CLASSES}
     return build_of_timm(target, size, **kind)
 
@@ -128,7 +134,12 @@ def _build_vmamba(arch: str, with_cp: bool, backbone_only: bool) -> nn.Module:
     return nn.Sequential(backbone, MODELS.build(head))
 
 
-def _config_subject(name: str, cfg: Config, backbone_only: bool) -> Subject:
+def config_subject(name: str, cfg: Config, backbone_only: bool = False) -> Subject:
+    """A config's model, by a name of choice.
+
+    Raises:
+        UsageError: If the config is of another package than mmpretrain, mmdet and mmseg.
+    """
     scope = scope_of(cfg)
     if scope not in ("mmpretrain", "mmdet", "mmseg"):
         raise UsageError(f"{name} is of {scope!r}; measured are mmpretrain, mmdet and mmseg.")

@@ -15,6 +15,7 @@ from mmvmamba.analysis.effective_receptive_field import (
     smallest_square,
 )
 from mmvmamba.analysis.inspection import build_backbone, find_images, read_image, shown
+from mmvmamba.analysis.subjects import find_subject
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models.checkpoint import CheckpointError
 
@@ -258,3 +259,19 @@ def test_several_checkpoints_of_a_model_are_rows(project):
         ("tiny", "tiny", "epoch_2.pth", "epoch_2"),
         ("a", "a.py", "b.pth", "after training"),
     ]
+
+
+@pytest.mark.parametrize(("number", "models"), [("6", 6), ("13", 8), ("14", 3)])
+def test_a_figure_of_the_paper_is_its_models(project, number, models):
+    """Six systems, eight scan patterns, three initialisations, each of which can be found."""
+    path = project / "tools/analysis_tools/erf.py"
+    spec = importlib.util.spec_from_file_location("erf_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    options = tool.parse_arguments(["--figure", number, "tiny=a.pth"])
+    assert len(set(options.models[:-1])) == models
+    for name in options.models[:-1]:
+        find_subject(name, backbone_only=True)
+    *before, after = tool.runs(options.models)
+    assert len(before) == models
+    assert (after.model, after.checkpoint) == ("tiny", "a.pth")

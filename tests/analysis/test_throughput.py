@@ -17,6 +17,7 @@ from mmvmamba.analysis.measured import PEERS, Ranked, Subject, silence
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.subjects import build_classifier, find_subject
 from mmvmamba.analysis.throughput import Result, measure_case
+from mmvmamba.engine.cli import load_config
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.models import VMamba
 
@@ -76,9 +77,8 @@ def test_peers_exist(name):
         assert timm.is_model(target)
         find_subject(name)
     else:
-        from mmengine.hub import get_config
-
-        assert get_config(f"{library}::{target}").model.backbone.type == "HiViT"
+        backbone = load_config(f"{library}::{target}").model.backbone
+        assert backbone.type.replace("mmvmamba.", "").lower().startswith(name.partition("-")[0])
 
 
 @pytest.mark.parametrize("name", ["deit-tiny", "swin-tiny", "resnet18"])
@@ -96,6 +96,17 @@ def test_an_mmpretrain_peer_with_and_without_head():
         assert find_subject("hivit-tiny").build((64, 64)).eval()(images).shape == (1, 1000)
         (map_,) = find_subject("hivit-tiny", backbone_only=True).build((64, 64))(images)
     assert map_.shape == (1, 384, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["nat-tiny", "s4nd-convnext-tiny"])
+def test_a_compared_system_with_and_without_head(name):
+    images = torch.zeros(1, 3, 64, 32)
+    with torch.no_grad():
+        assert find_subject(name).build((64, 32)).eval()(images).shape == (1, 1000)
+        (map_,) = find_subject(name, backbone_only=True).build((64, 32)).eval()(images)
+    assert map_.shape[2:] == (2, 1)
+    # It has passed a norm.
+    assert map_.mean(1).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("precision", passes.PRECISIONS)

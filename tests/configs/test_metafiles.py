@@ -15,6 +15,14 @@ RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
 
 WEIGHTS = Config.fromfile(PROJECT / "configs/_base_/weights.py").vmamba_weights
 
+COLLECTIONS = {
+    "mmvmamba.VMamba": "VMamba",
+    "mmvmamba.NAT": "NAT",
+    "mmvmamba.S4NDViT": "S4ND",
+    "mmvmamba.S4NDConvNeXt": "S4ND",
+}
+NAT_WEIGHTS = "https://shi-labs.com/projects/nat/checkpoints/CLS/nat_{}.pth"
+
 # A model's settings -> its number of parameters.
 COUNTED = {}
 
@@ -49,11 +57,11 @@ def test_an_entry_agrees_with_its_config(entry):
     path = PROJECT / entry["Config"]
     cfg = load(path)
     assert path.stem == entry["Name"]
-    assert entry["In Collection"] == "VMamba"
+    assert entry["In Collection"] == COLLECTIONS[cfg.model.backbone.type]
     assert about.get("Epochs") == cfg.train_cfg.get("max_epochs")
     assert about.get("Iterations") == cfg.train_cfg.get("max_iters")
     assert about["Batch Size"] == cfg.auto_scale_lr.base_batch_size
-    if isinstance(cfg.model.backbone.arch, str):
+    if cfg.model.backbone.type == "mmvmamba.VMamba" and isinstance(cfg.model.backbone.arch, str):
         assert cfg.model.backbone.arch in VMamba.arch_settings
     assert about["Parameters"] == count_parameters(cfg)
 
@@ -70,18 +78,19 @@ def test_an_entry_says_where_its_results_and_weights_come_from(entry):
 @by_entry
 def test_a_name_tells_the_architecture(entry):
     backbone = load(PROJECT / entry["Config"]).model.backbone
-    if isinstance(backbone.arch, str) and "d-state" not in entry["Name"]:
+    if isinstance(backbone.get("arch"), str) and "d-state" not in entry["Name"]:
         # The ablation of table 13 is named for what it is: s1l5, made from s2l5.
         arch = "tiny-s1l5" if backbone.get("ssm_ratio") == 1.0 else backbone.arch
-        assert f"vmamba-{arch}" in entry["Name"]
+        assert f"{entry['In Collection'].lower()}-{arch}" in entry["Name"]
 
 
 @by_entry
 def test_backbones_start_from_the_weights_of_their_architecture(entry):
     backbone = load(PROJECT / entry["Config"]).model.backbone
     if backbone.get("init_cfg"):
-        expected = {"type": "Pretrained", "checkpoint": WEIGHTS[key(backbone.arch)]}
-        assert backbone.init_cfg == expected
+        is_nat = backbone.type == "mmvmamba.NAT"
+        weights = NAT_WEIGHTS.format(backbone.arch) if is_nat else WEIGHTS[key(backbone.arch)]
+        assert backbone.init_cfg == {"type": "Pretrained", "checkpoint": weights}
 
 
 def test_classifiers_and_their_weights_fit():

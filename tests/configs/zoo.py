@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from mmvmamba.models import VMamba
+from mmvmamba.models import NAT, VMamba
 from mmvmamba.registry import MODELS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -59,10 +59,7 @@ def shrink(cfg: Config) -> Config:
     are many (`LIMITS`). Nothing is downloaded.
     """
     backbone = cfg.model.backbone
-    arch = VMamba.find_arch(backbone.arch)
-    dims = [WIDTH * 2**i for i in range(len(arch.dims))]
-    channels = dict(zip(arch.dims, dims, strict=True))
-    backbone.arch = dict(vars(arch) | {"dims": dims, "depths": (1,) * len(dims)})
+    channels = SHRINK[backbone.type](backbone)
     backbone.drop_path_rate = 0.0
     backbone.init_cfg = None
 
@@ -79,6 +76,41 @@ def shrink(cfg: Config) -> Config:
         # Segmentors pad to their crop.
         cfg.model.data_preprocessor.size = (SIZE, SIZE)
     return cfg
+
+
+def _shrink_vmamba(backbone: ConfigDict) -> dict[int, int]:
+    """Changes the settings; returns the new channels of each map by the old ones."""
+    arch = VMamba.find_arch(backbone.arch)
+    dims = [WIDTH * 2**i for i in range(len(arch.dims))]
+    backbone.arch = dict(vars(arch) | {"dims": dims, "depths": (1,) * len(dims)})
+    return dict(zip(arch.dims, dims, strict=True))
+
+
+def _shrink_nat(backbone: ConfigDict) -> dict[int, int]:
+    # A head has 32 channels.
+    arch, dims = NAT.arch_settings[backbone.arch], 2 * WIDTH
+    depths = (1,) * len(arch.depths)
+    backbone.arch = arch._replace(dims=dims, depths=depths)._asdict()
+    return {arch.dims * 2**i: dims * 2**i for i in range(len(depths))}
+
+
+def _shrink_s4nd_vit(backbone: ConfigDict) -> dict[int, int]:
+    backbone.update(dim=WIDTH, depth=2, d_state=4)
+    return {768: WIDTH}
+
+
+def _shrink_s4nd_convnext(backbone: ConfigDict) -> dict[int, int]:
+    dims = [WIDTH * 2**i for i in range(4)]
+    backbone.update(arch={"depths": [1] * 4, "channels": dims}, d_state=4)
+    return {768: dims[-1]}
+
+
+SHRINK = {
+    "mmvmamba.VMamba": _shrink_vmamba,
+    "mmvmamba.NAT": _shrink_nat,
+    "mmvmamba.S4NDViT": _shrink_s4nd_vit,
+    "mmvmamba.S4NDConvNeXt": _shrink_s4nd_convnext,
+}
 
 
 def _limit(node, narrow: bool) -> None:

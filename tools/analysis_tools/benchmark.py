@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Times VMamba beside other models in one run, or computes what they keep. See `--help`."""
+"""Times VMamba beside other models in one run, or computes what they keep. See `--help`.
+
+`--table N` does it for every row of one of the paper's tables.
+"""
 
 import argparse
 import dataclasses
@@ -16,6 +19,7 @@ from rich.progress import Progress
 
 from mmvmamba.analysis.activations import Activations, count_activations
 from mmvmamba.analysis.measured import PEERS, Subject
+from mmvmamba.analysis.paper_tables import Measurement, comparison, find_tables
 from mmvmamba.analysis.passes import (
     EXECUTIONS,
     MEMORY_FORMATS,
@@ -25,6 +29,7 @@ from mmvmamba.analysis.passes import (
     Case,
 )
 from mmvmamba.analysis.reports import (
+    Table,
     activations_panels,
     activations_tables,
     append_csv,
@@ -66,13 +71,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "models",
         nargs="*",
-        default=list(MODELS),
         metavar="MODEL",
         help="configs (FILE.py or PACKAGE::FOLDER/FILE.py), archs of VMamba (with +cp behind the "
         f"name: gradient checkpointing), {', '.join(PEERS)}, or models of timm (default: "
         f"{' '.join(MODELS)})",
     )
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument(
+        "--table",
+        metavar="NUMBER",
+        help="every row of this table of the paper, its parameters, FLOPs and throughput ratio to "
+        "VMamba-T beside the paper's. Sizes and passes are the table's where they are not given; "
+        "of a table over several sizes (9), --sizes chooses rows",
+    )
+    parser.add_argument(
+        "--passes",
+        nargs="+",
+        choices=PASSES,
+        help="(default: both; of a table, those that the paper times)",
+    )
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)"
     )
@@ -101,9 +117,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--sizes",
         type=shape,
         nargs="+",
-        default=[shape("224")],
         metavar="SIZE",
-        help="sizes of the images: 224, 800x1280 (height x width), or 2x800x1280 with the batch",
+        help="sizes of the images: 224, 800x1280 (height x width), or 2x800x1280 with the batch "
+        "(default: 224)",
     )
     parser.add_argument(
         "--memory-format",
@@ -142,6 +158,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if min(options.rounds, 1 if options.batch is None else options.batch) < 1:
         parser.error("--rounds and --batch must be at least 1")
+    if options.table:
+        given = {"models": options.models, "--plot": options.plot, "--csv": options.csv}
+        given |= {"--activations": options.activations, "--backbone-only": options.backbone_only}
+        given |= {"--cfg-options": options.cfg_options, "--runtime": options.runtime}
+        wrong = [name for name, value in given.items() if value]
+        if wrong:
+            parser.error(f"--table has its own models and form: leave out {', '.join(wrong)}")
+        if len(options.precision) > 1 or len(options.execution) > 1:
+            parser.error("--table takes one --precision and one --execution")
+        return options
+    options.models = options.models or list(MODELS)
+    options.passes = options.passes or list(PASSES)
+    options.sizes = options.sizes or [shape("224")]
     return options
 
 
@@ -177,6 +206,17 @@ def cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
+def check_cases(options: argparse.Namespace, todo: Sequence[Case]) -> None:
+    """Refuses what the device cannot do."""
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {options.device}: torch sees no GPU here.")
+    try:
+        for case in todo:
+            case.check_device(options.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def check(options: argparse.Namespace, todo: Sequence[Case], about: dict[str, str]) -> None:
     """Refuses before anything is measured what could only fail after it."""
     kind = Activations if options.activations else Result
@@ -195,13 +235,7 @@ def check(options: argparse.Namespace, todo: Sequence[Case], about: dict[str, st
 def benchmark(options: argparse.Namespace) -> None:
     models, todo = subjects(options), cases(options)
     if not options.activations:
-        if options.device.type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"--device {options.device}: torch sees no GPU here.")
-        try:
-            for model, case in itertools.product(models, todo):
-                case_of(model, case).check_device(options.device)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        check_cases(options, [case_of(*pair) for pair in itertools.product(models, todo)])
     about = machine(options.device)
     if options.activations:
         del about["device"], about["load"]
@@ -234,6 +268,51 @@ def benchmark(options: argparse.Namespace) -> None:
         raise UsageError(f"{failed} of {len(results)} measurements failed, see above.")
 
 
+def benchmark_table(options: argparse.Namespace) -> None:
+    """Every row of one of the paper's tables."""
+    try:
+        tables = find_tables(options.table)
+    except ValueError as error:
+        raise UsageError(f"--table: {error}") from error
+    if options.markdown:
+        find_section(options.markdown, options.section)
+    about = machine(options.device)
+    console = Console()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    given, shapes = options.passes, options.sizes or []
+    found, results, failures = [], None, 0
+    for table in tables:
+        # Rows of several sizes are chosen by them, rows of one are timed at one.
+        several = len({row.shape for row in table.rows}) > 1
+        wanted = {size for _, size in shapes}
+        rows = [row for row in table.rows if not (several and wanted) or row.shape in wanted]
+        if not rows or (not several and len(wanted) > 1):
+            sizes = ", ".join(dict.fromkeys(f"{h}x{w}" for h, w in (r.shape for r in table.rows)))
+            raise UsageError(
+                f"--sizes: table {table.name} is measured at one size, or its rows are of {sizes}."
+            )
+        options.passes = given or list(table.passes)
+        options.sizes = shapes or [(None, rows[0].shape)]
+        todo = cases(options)
+        size = options.sizes[0][1] if wanted and not several else None
+        if results is None:
+            check_cases(options, todo)
+            results = Measurement(size, options.device, options.seconds, options.rounds)
+        measured = []
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=len(rows))
+            for row in rows:
+                progress.update(task, description=row.name)
+                measured.append(results(table, row, todo))
+                progress.advance(task)
+        found.append(comparison(table, measured, todo))
+        failures += sum(bool(row.failures) for row in measured)
+        console.print(found[-1].rich())
+    report(options, [], found, about)
+    if failures:
+        raise UsageError(f"{failures} rows failed, see above.")
+
+
 def measure(options: argparse.Namespace, models: Sequence[Subject], case: Case, advance) -> list:
     if options.activations:
         found = []
@@ -244,7 +323,9 @@ def measure(options: argparse.Namespace, models: Sequence[Subject], case: Case, 
     return measure_case(models, case, options.device, options.seconds, options.rounds, advance)
 
 
-def report(options: argparse.Namespace, results, tables, about: dict[str, str]) -> None:
+def report(
+    options: argparse.Namespace, results, tables: Sequence[Table], about: dict[str, str]
+) -> None:
     """Writes what is written once, at the end."""
     if options.markdown:
         command = shlex.join(["python", "tools/analysis_tools/benchmark.py", *sys.argv[1:]])
@@ -260,7 +341,8 @@ def report(options: argparse.Namespace, results, tables, about: dict[str, str]) 
 
 def main() -> None:
     options = parse_arguments()
-    run_command(lambda: benchmark(options), quiet=True)
+    work = benchmark_table if options.table else benchmark
+    run_command(lambda: work(options), quiet=True)
 
 
 if __name__ == "__main__":

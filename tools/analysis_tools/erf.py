@@ -29,6 +29,18 @@ from mmvmamba.analysis.reports import Table
 from mmvmamba.engine.cli import add_cfg_options, run_command
 from mmvmamba.engine.errors import UsageError
 
+ABLATIONS = "mmvmamba::vmamba_ablations/vmamba-tiny-s1l8-{}_8xb128_in1k.py"
+PATTERNS = ("unidi", "bidi", "cascade", "cross")
+# The models of the paper's figures.
+FIGURES = {
+    "6": ("resnet-50", "convnext-tiny", "swin-tiny", "deit-small", "hivit-tiny", "tiny"),
+    "13": (
+        *(ABLATIONS.format(name) for name in PATTERNS[:3]),
+        "tiny",
+        *(ABLATIONS.format(f"{name}-no-dwconv") for name in PATTERNS),
+    ),
+    "14": ("tiny", *(ABLATIONS.format(f"{name}-init") for name in ("rand", "zero"))),
+}
 BEFORE, AFTER = "before training", "after training"
 
 
@@ -48,11 +60,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "models",
-        nargs="+",
+        nargs="*",
         metavar="MODEL[=CHECKPOINT]",
         help="a config of any task, an arch of VMamba, a short name of others (swin-tiny, "
         "deit-small, ...) or a model of timm; with random weights and, where a checkpoint is "
         "given, with its weights as well. A model may be given several times",
+    )
+    parser.add_argument(
+        "--figure",
+        choices=FIGURES,
+        help="all models of this figure of the paper; models that are named come after them, and "
+        "MODEL=CHECKPOINT adds what a model's weights make of it",
     )
     parser.add_argument(
         "--images", nargs="+", help="pictures or folders of them (default: random images)"
@@ -78,6 +96,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     add_cfg_options(parser)
     options = parser.parse_args(arguments)
+    options.models = [*FIGURES.get(options.figure, ()), *options.models]
+    if not options.models:
+        parser.error("name models, or a --figure of the paper")
     if len(options.size) > 2 or min(*options.size, options.num, options.seeds) < 1:
         parser.error("--size, --num and --seeds take positive numbers, --size one or two")
     if not all(0 < share < 1 for share in options.thresholds):

@@ -1,0 +1,20 @@
+# S4ND-ConvNeXt-T with the released recipe: batch 3840, learning rate 4e-3, weight decay 0.05.
+_base_ = [
+    "../_base_/models/classifier_s4nd-convnext.py",
+    "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",
+    "../_base_/schedules/s4nd_300e_imagenet.py",
+    "mmpretrain::_base_/default_runtime.py",
+]
+
+train_dataloader = dict(batch_size=120)
+optim_wrapper = dict(
+    optimizer=dict(lr=4e-3),
+    paramwise_cfg=dict(
+        custom_keys={
+            name: dict(lr_mult=0.25, decay_mult=0.0)
+            for name in (".inv_dt", ".A_real", ".A_imag", ".B")
+        }
+    ),
+)
+custom_hooks = []
+auto_scale_lr = dict(base_batch_size=3840)

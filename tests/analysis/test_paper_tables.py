@@ -1,0 +1,176 @@
+"""The paper's tables: their rows as data, and what benchmark.py --table makes of them."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from mmvmamba.analysis import paper_tables
+from mmvmamba.analysis.paper_tables import (
+    Measured,
+    Measurement,
+    PaperTable,
+    Row,
+    comparison,
+    find_tables,
+    read_tables,
+)
+from mmvmamba.analysis.passes import Case
+from mmvmamba.analysis.throughput import Result
+
+SAMPLE = "mmvmamba::sample/vmamba-sample_imagenet.py"
+CASE = Case("inference", "fp32", 2, (32, 32))
+
+VMAMBA = Row("VMamba-T", SAMPLE, (32, 32), params=2, throughput=200.0, metrics={"Top-1": 82.6})
+SLOWER = Row("Slow-T", SAMPLE, (32, 32), params=3, flops=0.5, throughput=50.0)
+
+
+def test_rows_of_the_four_tables_are_the_papers():
+    """Their numbers of rows, and a row with all that can be in one."""
+    counts = {table.name: len(table.rows) for table in read_tables()}
+    expected = {"2, COCO 1x": 9, "2, COCO 3x": 8}
+    assert {name: counts[name] for name in expected} == expected
+    (table,) = find_tables("6")
+    row = next(row for row in table.rows if row.name == "HiViT-B")
+    assert table.passes == ("inference", "training")
+    assert (row.params, row.flops, row.throughput, row.training) == (66, 15.8, 456, 544)
+    assert row.metrics == {"Top-1": 83.8}
+    assert [table.name for table in find_tables("2")] == ["2, COCO 1x", "2, COCO 3x", "2, ADE20K"]
+    with pytest.raises(ValueError, match="no table '99' of models, choose from 1, 2, 3, 5, 6"):
+        find_tables("99")
+
+
+def test_a_row_of_another_table_is_the_same_model_with_its_own_figures():
+    (one,), (six,) = find_tables("1"), find_tables("6")
+    swin = [next(r for r in table.rows if r.name == "Swin-B") for table in (one, six)]
+    assert swin[0].model == swin[1].model
+    assert [row.flops for row in swin] == [15.4, 15.5]
+
+
+def test_a_row_is_compared_with_vmamba_on_images_of_its_size():
+    (nine,) = find_tables("9")
+    row = next(row for row in nine.rows if row.name == "Swin-T at 384")
+    assert nine.reference(row).name == "VMamba-T at 384"
+    (one,) = find_tables("1")
+    assert one.reference(one.rows[0]).name == "VMamba-T"
+
+
+def test_models_are_made_for_the_images_size():
+    (six,) = find_tables("6")
+    hivit = next(row for row in six.rows if row.name == "HiViT-T")
+    assert hivit.load((64, 96)).model.backbone.img_size == (64, 96)
+    assert hivit.load().model.backbone.img_size == 224
+
+
+def test_figures_stand_beside_the_papers():
+    table = PaperTable("6", "ImageNet", (VMAMBA, SLOWER), ("inference",))
+    results = [
+        Result(row.name, CASE, images_per_second=speed)
+        for row, speed in ((VMAMBA, 30.0), (SLOWER, 10.0))
+    ]
+    failed = Result(SLOWER.name, CASE, "it does not fit")
+    count = VMAMBA.count()
+    rows = [
+        Measured(VMAMBA, count, {"inference": (results[0], results[0])}, ()),
+        Measured(SLOWER, count, {"inference": (results[1], replace(results[0]))}, ()),
+        Measured(
+            SLOWER, None, {"inference": (failed, results[0])}, ("inference: it does not fit",)
+        ),
+    ]
+    made = comparison(table, rows, [CASE])
+    assert made.header == (
+        "model", "params (M)", "paper", "FLOPs (G)", "paper",
+        "inference (images/s)", "of VMamba-T's", "paper", "Top-1 (paper)",
+    )  # fmt: skip
+    params, flops = f"{count.params / 1e6:.1f}", f"{count.flops / 1e9:.4g}"
+    assert made.rows == (
+        ("VMamba-T", params, "2", flops, "-", "30", "1.00", "1.00", "82.6"),
+        ("Slow-T", params, "3", flops, "0.5", "10", "0.33", "0.25", "-"),
+        ("Slow-T", "-", "3", "-", "0.5", "failed", "-", "0.25", "-"),
+    )
+    assert "Slow-T: inference: it does not fit" in made.notes
+    assert "Timed: inference, fp32, eager, 2x32x32." in made.notes
+
+
+def test_what_tables_share_is_measured_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        paper_tables,
+        "measure_case",
+        lambda subjects, case, *_: [
+            calls.append(subject.name) or Result(subject.name, case, images_per_second=1.0)
+            for subject in subjects
+        ],
+    )
+    monkeypatch.setattr(Row, "count", lambda row: calls.append(f"count {row.name}"))
+    other = replace(SLOWER, backbone={"with_cp": True})
+    tables = [PaperTable(name, "", (VMAMBA, other)) for name in ("1", "6")]
+    measure = Measurement((64, 48), "cpu", 0.0, 1)
+    found = [measure(table, row, [CASE]) for table in tables for row in table.rows]
+    assert calls == ["count VMamba-T", "VMamba-T", "count Slow-T", "VMamba-T", "Slow-T"]
+    assert {f.timed["inference"][0].case.size for f in found} == {(64, 48)}
+
+
+@pytest.fixture
+def two_tables(monkeypatch):
+    wrong = replace(SLOWER, name="Wrong-T", backbone={"arch": "huge"})
+    tables = (
+        PaperTable("7", "good", (VMAMBA, SLOWER)),
+        PaperTable("8", "several sizes", (VMAMBA, replace(SLOWER, shape=(64, 64)))),
+        PaperTable("9", "bad", (VMAMBA, wrong)),
+    )
+    monkeypatch.setattr(paper_tables, "read_tables", lambda: tables)
+
+
+@pytest.mark.usefixtures("two_tables")
+def test_command_line(analysis_tool, tmp_path):
+    run = analysis_tool("benchmark", columns=200)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin measured -->\n<!-- end measured -->\n")
+    fast = ("--seconds", "0", "--rounds", "1", "--batch", "1")
+    status, text = run("--table", "7", *fast, "--markdown", str(page))
+    assert status == 0, text
+    assert re.search(r"Slow-T +\d+\.\d +3 +[\d.]+ +0.5 +[\d.e+]+ +\d\.\d\d +0.25", text)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| Slow-T |")]
+    assert len(rows) == 1
+    assert "benchmark.py --device cpu --table 7" in page.read_text()
+
+    status, text = run("--table", "8", "--sizes", "32", *fast)
+    assert status == 0
+    assert "VMamba-T" in text
+    assert "Slow-T" not in text
+
+    status, text = run("--table", "9", *fast)
+    assert status != 0
+    assert re.search(r"Wrong-T +- +3 +- +0.5 +failed", text)
+    assert "Wrong-T: it cannot be counted: " in text
+    assert "'huge' is unknown" in text
+
+
+@pytest.mark.usefixtures("two_tables")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--table", "3"], "there is no table '3' of models, choose from 7, 8, 9"),
+        (["--table", "7", "tiny"], "--table has its own models and form: leave out models"),
+        (["--table", "7", "--sizes", "32", "64"], "--sizes: table 7 is measured at one size"),
+        (["--table", "7", "--precision", "fp32", "bf16"], "one --precision and one --execution"),
+    ],
+)
+def test_mistakes_are_told(analysis_tool, capsys, arguments, message):
+    status, _ = analysis_tool("benchmark")(*arguments)
+    assert status not in (0, None)
+    told = f"{status} {capsys.readouterr().err}"
+    assert message in " ".join(told.split()), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["1", "2", "6", "9"])
+def test_every_row_runs(number, analysis_tool):
+    """The four tables on a CPU, on small images."""
+    sizes = ("--sizes", "224") if number == "9" else ("--sizes", "64")
+    fast = ("--seconds", "0", "--rounds", "1", "--batch", "1", "--passes", "inference")
+    status, text = analysis_tool("benchmark", columns=240)("--table", number, *fast, *sizes)
+    assert status == 0, text
+    rows = sum(len(table.rows) for table in find_tables(number))
+    assert len(re.findall(r"\d\.\d\d +[\d.-]+ ", text)) >= (rows / 6 if number == "9" else rows)
