@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.backends.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
+from mmvmamba_kernels.backends.gpu_scan import partial_buffers, raw_step_sizes
+from mmvmamba_kernels.backends.triton.low_rank import low_rank_gradients
 from mmvmamba_kernels.backends.triton.scan import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
@@ -131,7 +132,7 @@ def backward(
         grad_D = lists.grad_skips(*maps)
 
     grad_proj, grad_weight, grad_bias = low_rank_gradients(
-        raw, grads.proj.transpose(0, 1), proj, dt_weight, operands.dtype
+        raw, grads.proj, proj, dt_weight, operands.dtype
     )
     return (
         sum_buffers(parts, x.dtype),

@@ -400,7 +400,7 @@ class Gradients:
     """What the backward kernels leave for the operators to finish."""
 
     proj: Tensor
-    """Of B and C at every position, (positions, K, 2N)."""
+    """Of B and C at every position, (positions, K, 2N); bfloat16 if these are."""
     A: Tensor
     """(K, D, N)"""
     skip: Tensor | None
@@ -429,7 +429,7 @@ def scan_backward(
         launches: First direction and number of directions of each launch.
 
     Returns:
-        The other gradients, in the dtype of the states.
+        The other gradients, in the dtype of the states but where it says otherwise.
     """
     u, dtype = operands.u, operands.dtype
     states, channels, directions = layout.states, layout.channels, len(layout.paths)
@@ -444,7 +444,12 @@ def scan_backward(
         launch = _Launch(layout, operands, 1, _BACKWARD_WARPS, saved)
         entering = launch.entering_states(grad_y, backwards=True)
         new = u.new_zeros if layout.partial else u.new_empty
-        grad_proj = new((launch.blocks, positions, directions, 2 * states), dtype=dtype)
+        # As the directions' parts of y: bfloat16 is wide enough for what bfloat16 is summed from.
+        narrow = operands.proj.dtype == torch.bfloat16
+        grad_proj = new(
+            (launch.blocks, positions, directions, 2 * states),
+            dtype=torch.bfloat16 if narrow else dtype,
+        )
         rows = layout.sequences * launch.chunks
         grad_rates = u.new_empty((rows, directions, states, channels), dtype=dtype)
         grad_skip = u.new_empty(
