@@ -241,6 +241,29 @@ def test_buffers_of_one_number_are_summed():
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_low_rank_gradients_of_many_positions_channels_and_ranks(dtype):
+    from mmvmamba_kernels.backends.triton.low_rank import low_rank_gradients
+
+    shape, channels, rank, states = (1, 10, 26), 33, 17, 2
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    raw = torch.randn(2, 260, channels, device=DEVICE).to(dtype)
+    factors = torch.randn(260, 2, 2 * states, device=DEVICE).to(dtype)
+    proj = torch.randn(*shape, 2, rank + 2 * states, device=DEVICE).to(dtype)
+    weight = torch.randn(2, channels, rank, device=DEVICE).to(dtype)
+    grad_proj, grad_weight, grad_bias = low_rank_gradients(raw, factors, proj, weight, wide)
+    low = proj.double().flatten(0, 2)[..., :rank]
+    of_low = torch.einsum("kpd,kdr->pkr", raw.double(), weight.double())
+    of_weight = torch.einsum("kpd,pkr->kdr", raw.double(), low)
+    found = grad_proj.flatten(0, 2).split([rank, 2 * states], dim=2)
+    assert torch.equal(found[1], factors)
+    assert relative_error(found[0], of_low) < TOLERANCE[dtype]
+    assert relative_error(grad_weight, of_weight) < TOLERANCE[dtype]
+    assert relative_error(grad_bias, raw.double().sum(1)) < TOLERANCE[wide]
+    assert (grad_proj.dtype, grad_weight.dtype, grad_bias.dtype) == (dtype, dtype, wide)
+
+
+@pytest.mark.triton
 def test_2d_empty_batch():
     arguments = selective_scan_2d_arguments(0, 3, 4, 5, 2, 3, device=DEVICE)
     result = output_and_gradients(scan_2d("cross2d"), arguments)

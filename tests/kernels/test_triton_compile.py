@@ -39,6 +39,7 @@ KERNELS = (
     "selective_scan_fwd_kernel",
     "selective_scan_bwd_kernel",
     "sum_buffers_kernel",
+    "low_rank_gradients_kernel",
 )
 TYPES = {
     torch.float16: "fp16",
@@ -76,11 +77,13 @@ class Recorder:
 
 @pytest.fixture
 def launches(monkeypatch):
+    from mmvmamba_kernels.backends.triton import low_rank
     from mmvmamba_kernels.backends.triton import scan as triton_scan
 
     recorded = []
     for name in KERNELS:
-        monkeypatch.setattr(triton_scan, name, Recorder(getattr(triton_scan, name), recorded))
+        module = triton_scan if hasattr(triton_scan, name) else low_rank
+        monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     monkeypatch.setattr(triton_scan, "multiprocessors", lambda _: PROCESSORS)
     return recorded
 

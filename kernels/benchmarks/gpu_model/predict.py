@@ -18,6 +18,8 @@ _MAPS = {
     "layer_norm_fwd_kernel": 1,
     "layer_norm_bwd_kernel": 3,
     "sum_buffers_kernel": 1,
+    # The maps of the raw gradient alone.
+    "low_rank_gradients_kernel": 0,
 }
 _BACKWARD_RATE = 3.6e12
 _BACKWARD_LAUNCH_MS = 0.004
@@ -27,7 +29,7 @@ def streaming_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     """A kernel that reads and writes whole bfloat16 maps, from its bytes."""
     maps = _MAPS[launch.name]
     maps += launch.integers.get("parts", 0) + launch.integers.get("store_total", 0)
-    maps += launch.options.get("COUNT", 0)
+    maps += launch.options.get("COUNT", 0) + launch.integers.get("directions", 0)
     backward = launch.name == "layer_norm_bwd_kernel"
     seconds = math.prod(shape) * 2 * maps / (_BACKWARD_RATE if backward else COPY_RATE)
     return Prediction(seconds * 1e3 + (_BACKWARD_LAUNCH_MS if backward else LAUNCH_MS), 0.0, 0)

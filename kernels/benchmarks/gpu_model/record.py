@@ -52,6 +52,7 @@ def core_launches(
     shape: tuple[int, ...], states: int = 1, pattern: str = PATTERN
 ) -> dict[str, list[Launch]]:
     """What ``selective_scan_2d_norm`` launches, by phase; ``pattern`` has four directions."""
+    from mmvmamba_kernels.backends.triton import low_rank
     from mmvmamba_kernels.backends.triton import scan as walks
     from mmvmamba_kernels.layer_norm import triton_impl as norm
     from mmvmamba_kernels.selective_scan_2d import triton_impl as scan
@@ -61,7 +62,7 @@ def core_launches(
     weight = meta(shape[3], dtype=torch.float32)
     low = torch.bfloat16
     launches = {}
-    with recording(walks, norm) as log:
+    with recording(walks, norm, low_rank) as log:
         for train in (False, True):
             parts, carries = scan.forward_parts(arguments, save_carries=train)
             total, out, statistics = norm.normalise_sum(

@@ -41,16 +41,14 @@ def exact_products() -> Iterator[None]:
         choose(before)
 
 
-def partial_buffers(dtype: torch.dtype, directions: int) -> tuple[torch.dtype, int]:
-    """Dtype and number of the maps that directions write before they are summed.
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the maps that directions write before they are summed, by that of the input.
 
-    Every direction has its own in bfloat16. A partial sum may leave float16's range where the whole
-    does not, so that float16 takes float32 maps, and then two for all directions, which is no more
-    memory than a float16 map for each.
+    A partial sum may leave float16's range where the whole does not.
     """
     if dtype == torch.bfloat16:
-        return dtype, directions
-    return torch.float64 if dtype == torch.float64 else torch.float32, min(directions, 2)
+        return dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -72,7 +72,7 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """
     layout, operands = _operands(scan)
     out = torch.empty_like(operands.u, dtype=scan.out_dtype)
-    carries = scan_forward(layout, operands, out, [(0, len(layout.paths))], save_carries)
+    carries = scan_forward(layout, operands, out, save_carries)
     return out.transpose(1, 2).contiguous(), carries
 
 
@@ -86,9 +86,7 @@ def backward(
     grad_u = torch.empty_like(operands.u)
     # The gradient of the bias is the sum of this one, so it keeps the precision of sums until then.
     raw = torch.empty_like(operands.u, dtype=delta.dtype if delta_bias is None else operands.dtype)
-    grads = scan_backward(
-        layout, operands, carries, _channels_last(grad_out), grad_u, raw, [(0, groups)]
-    )
+    grads = scan_backward(layout, operands, carries, _channels_last(grad_out), grad_u, raw)
     grad_B, grad_C = (
         part.to(t.dtype).contiguous()
         for part, t in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
@@ -44,8 +45,13 @@ def _arguments(scan: Arguments) -> tuple:
 
 
 def _partial_sums(maps: Tensor) -> Tensor:
-    """Memory for the sums over directions, (maps, positions, D)."""
-    dtype, buffers = gpu_scan.partial_buffers(maps.dtype, maps.shape[0])
+    """Memory for the sums over directions, (buffers, positions, D).
+
+    In bfloat16 every direction has its own. Wider ones are two for all directions, of which later
+    launches add to the first one's.
+    """
+    dtype, directions = gpu_scan.partial_dtype(maps.dtype), maps.shape[0]
+    buffers = directions if dtype == torch.bfloat16 else min(directions, 2)
     return maps.new_empty((buffers, *maps.shape[1:]), dtype=dtype)
 
 

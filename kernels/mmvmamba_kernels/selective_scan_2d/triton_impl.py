@@ -2,7 +2,7 @@
 
 Maps are read where they are, in the order of every path, and step sizes are recomputed from the low
 rank in registers: the forward pass writes a partial output per direction (see
-:func:`~mmvmamba_kernels.backends.gpu_scan.partial_buffers`) and their sum, nothing else.
+:func:`~mmvmamba_kernels.backends.gpu_scan.partial_dtype`) and their sum, nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mmvmamba_kernels.arguments import state_dtype
-from mmvmamba_kernels.backends.gpu_scan import low_rank_gradients, partial_buffers, raw_step_sizes
+from mmvmamba_kernels.backends.gpu_scan import partial_dtype, raw_step_sizes
+from mmvmamba_kernels.backends.triton.low_rank import low_rank_gradients
 from mmvmamba_kernels.backends.triton.scan import (
     MAX_RANK,
     MAX_RANK_BACKWARD,
@@ -20,7 +21,6 @@ from mmvmamba_kernels.backends.triton.scan import (
     scan_backward,
     scan_forward,
     sum_buffers,
-    waves,
 )
 from mmvmamba_kernels.path_lists import PathLists
 from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
@@ -72,12 +72,11 @@ def _operands(scan: Arguments, lists: PathLists | None, max_rank: int) -> tuple[
 def _partial_sums(
     scan: Arguments, lists: PathLists | None, maps: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Maps for the sums over directions, (buffers, B, H, W, D).
+    """A map for every direction, (K, B, H, W, D).
 
     Where paths are partial, they are zero but for the skip connections, whose input is ``maps``.
     """
-    buffer_dtype, buffers = partial_buffers(maps.dtype, len(scan.directions))
-    parts = maps.new_empty((buffers, *maps.shape), dtype=buffer_dtype)
+    parts = maps.new_empty((len(scan.directions), *maps.shape), dtype=partial_dtype(maps.dtype))
     if scan.partial:
         skips = lists.skips(scan.D.to(dtype)).view(maps.shape[1:])
         parts[0] = maps * skips
@@ -105,8 +104,7 @@ def forward_parts(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     lists = scan.lists()
     layout, operands = _operands(scan, lists, MAX_RANK)
     parts = _partial_sums(scan, lists, scan.x, operands.dtype)
-    launches = waves(len(layout.paths), len(parts))
-    return parts, scan_forward(layout, operands, parts, launches, save_carries)
+    return parts, scan_forward(layout, operands, parts, save_carries)
 
 
 def backward(
@@ -122,16 +120,14 @@ def backward(
     # Products take the gradient of the raw step sizes from here, on tensor cores if x is bfloat16.
     new = x.new_zeros if scan.partial else x.new_empty
     raw = new((directions, x.shape[:3].numel(), channels), dtype=parts.dtype)
-    grads = scan_backward(
-        layout, operands, carries, grad_out, parts, raw, waves(directions, len(parts))
-    )
+    grads = scan_backward(layout, operands, carries, grad_out, parts, raw)
     grad_D = grads.skip
     if scan.partial:
         maps = (t.to(operands.dtype).flatten(1, 2) for t in (x, grad_out))
         grad_D = lists.grad_skips(*maps)
 
     grad_proj, grad_weight, grad_bias = low_rank_gradients(
-        raw, grads.proj.transpose(0, 1), proj, dt_weight, operands.dtype
+        raw, grads.proj, proj, dt_weight, operands.dtype
     )
     return (
         sum_buffers(parts, x.dtype),

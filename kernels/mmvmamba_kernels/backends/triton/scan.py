@@ -13,7 +13,6 @@ interval's states into registers from the state that enters it, then runs the ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,7 +89,7 @@ class Layout:
     stride_u_k: int
     """From a direction to the next in u and in the gradient of y."""
     stride_y_k: int
-    """The same in y and in the gradient of u, where k counts the directions of one launch."""
+    """The same in y and in the gradient of u."""
     stride_delta_k: int
     """The same in the raw step sizes and in their gradient."""
     steps: int | None = None
@@ -153,11 +152,6 @@ class Operands:
     """Where paths are lists, (K, 1 + steps) int32: a path's length, and its positions."""
 
 
-def waves(directions: int, buffers: int) -> list[tuple[int, int]]:
-    """First direction and number of directions of the launches that share ``buffers`` buffers."""
-    return [(k, min(buffers, directions - k)) for k in range(0, directions, buffers)]
-
-
 def chunk_length(programs: int, length: int, processors: int, warps: _Warps, multiple: int) -> int:
     """Length of the chunks into which paths are cut, or of a whole path.
 
@@ -178,6 +172,8 @@ def channel_blocks(layout: Layout, width: int) -> int:
     """Blocks of channels of one program of the forward pass: two if no lane is left without work.
 
     Two share the words of a position, but with many states the registers do not last for them.
+    They do for the weights of any rank: two are a tenth to a third faster at ranks 24 and 48 by the
+    model.
 
     Args:
         layout: The problem.
@@ -276,8 +272,9 @@ class _Launch:
         """Cut the paths into chunks of this length."""
         self.chunk, self.chunks = chunk, ceil_div(self.layout.length, chunk)
 
-    def grid(self, directions: int) -> tuple[int]:
-        return (self.blocks * directions * self.chunks * self.layout.sequences,)
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.blocks * self.directions * self.chunks * self.layout.sequences,)
 
     def entering_states(self, u: Tensor, backwards: bool) -> Tensor:
         """The states that enter the chunks; no elements if there is one chunk.
@@ -292,7 +289,7 @@ class _Launch:
         shape = (layout.sequences, self.directions, self.chunks, layout.states, layout.channels)
         state = u.new_empty(shape, dtype=self.operands.dtype)
         total = u.new_empty(shape[:3] + shape[4:], dtype=self.operands.dtype)
-        selective_scan_state_kernel[self.grid(self.directions)](
+        selective_scan_state_kernel[self.grid](
             u,
             *self.inputs,
             state,
@@ -315,9 +312,9 @@ class _Launch:
             layout.channels,
             self.chunks,
             blocks,
+            int(backwards),
             K=self.directions,
             N=layout.states,
-            BACKWARDS=backwards,
             UNROLL=16,
             BLOCK_D=self.lanes,
             ACC=self.constants["ACC"],
@@ -325,54 +322,44 @@ class _Launch:
         )
         return state
 
-    def walk(
-        self, entering: Tensor, carries: Tensor, y: Tensor, launches: Sequence[tuple[int, int]]
-    ) -> None:
+    def walk(self, entering: Tensor, carries: Tensor, y: Tensor) -> None:
         """Run the forward kernel.
 
         Args:
             entering: The states that enter the chunks.
             carries: Where states go; without elements, nowhere.
             y: Where outputs go.
-            launches: First direction and number of directions of each launch.
         """
         u, skip = self.operands.u, self.operands.skip
-        for first, count in launches:
-            selective_scan_fwd_kernel[self.grid(count)](
-                u,
-                *self.inputs,
-                self.absent if skip is None else skip,
-                entering,
-                carries,
-                y,
-                *self.sizes,
-                self.chunk,
-                self.chunks,
-                self.blocks,
-                self.turns,
-                first,
-                count,
-                *self.strides,
-                self.layout.stride_y_k,
-                HAS_SKIP=skip is not None,
-                SAVED=self.layout.saved_interval if carries.numel() else 0,
-                ACCUMULATE=first > 0 or self.layout.partial,
-                GROUP=forward_group(self.layout),
-                **self.constants,
-            )
+        selective_scan_fwd_kernel[self.grid](
+            u,
+            *self.inputs,
+            self.absent if skip is None else skip,
+            entering,
+            carries,
+            y,
+            *self.sizes,
+            self.chunk,
+            self.chunks,
+            self.blocks,
+            self.turns,
+            *self.strides,
+            self.layout.stride_y_k,
+            HAS_SKIP=skip is not None,
+            SAVED=self.layout.saved_interval if carries.numel() else 0,
+            ACCUMULATE=self.layout.partial,
+            GROUP=forward_group(self.layout),
+            **self.constants,
+        )
 
 
-def scan_forward(
-    layout: Layout, operands: Operands, y: Tensor, launches: Sequence[tuple[int, int]], save: bool
-) -> Tensor:
+def scan_forward(layout: Layout, operands: Operands, y: Tensor, save: bool) -> Tensor:
     """Run the scans.
 
     Args:
         layout: The problem.
         operands: Its tensors.
-        y: Where the outputs go: the first launch writes, later ones add; all do if paths are
-            partial.
-        launches: First direction and number of directions of each launch.
+        y: Where the outputs go; they are added to what is there if paths are partial.
         save: Save states for the backward pass.
 
     Returns:
@@ -391,7 +378,7 @@ def scan_forward(
             layout.saved_interval,
         )
         entering = launch.entering_states(u, backwards=False)
-        launch.walk(entering, carries, y, launches)
+        launch.walk(entering, carries, y)
     return carries
 
 
@@ -400,7 +387,7 @@ class Gradients:
     """What the backward kernels leave for the operators to finish."""
 
     proj: Tensor
-    """Of B and C at every position, (positions, K, 2N)."""
+    """Of B and C at every position, (positions, K, 2N); bfloat16 if these are."""
     A: Tensor
     """(K, D, N)"""
     skip: Tensor | None
@@ -414,7 +401,6 @@ def scan_backward(
     grad_y: Tensor,
     grad_u: Tensor,
     grad_raw: Tensor,
-    launches: Sequence[tuple[int, int]],
 ) -> Gradients:
     """Run the adjoint scans.
 
@@ -426,10 +412,9 @@ def scan_backward(
         grad_u: Where the gradient of u goes, laid out as y, and written or added to like it.
         grad_raw: Where the gradient of the step sizes before softplus goes; zero if paths are
             partial.
-        launches: First direction and number of directions of each launch.
 
     Returns:
-        The other gradients, in the dtype of the states.
+        The other gradients, in the dtype of the states but where it says otherwise.
     """
     u, dtype = operands.u, operands.dtype
     states, channels, directions = layout.states, layout.channels, len(layout.paths)
@@ -444,41 +429,43 @@ def scan_backward(
         launch = _Launch(layout, operands, 1, _BACKWARD_WARPS, saved)
         entering = launch.entering_states(grad_y, backwards=True)
         new = u.new_zeros if layout.partial else u.new_empty
-        grad_proj = new((launch.blocks, positions, directions, 2 * states), dtype=dtype)
+        # As the directions' parts of y: bfloat16 is wide enough for what bfloat16 is summed from.
+        narrow = operands.proj.dtype == torch.bfloat16
+        grad_proj = new(
+            (launch.blocks, positions, directions, 2 * states),
+            dtype=torch.bfloat16 if narrow else dtype,
+        )
         rows = layout.sequences * launch.chunks
         grad_rates = u.new_empty((rows, directions, states, channels), dtype=dtype)
         grad_skip = u.new_empty(
             (rows, directions, channels) if skip is not None else 0, dtype=dtype
         )
-        for first, count in launches:
-            selective_scan_bwd_kernel[launch.grid(count)](
-                u,
-                *launch.inputs,
-                launch.absent if skip is None else skip,
-                carries,
-                grad_y,
-                entering,
-                grad_u,
-                grad_raw,
-                grad_proj,
-                grad_rates,
-                grad_skip,
-                *launch.sizes,
-                positions,
-                launch.chunk,
-                launch.chunks,
-                launch.blocks,
-                launch.turns,
-                first,
-                count,
-                *launch.strides,
-                layout.stride_y_k,
-                HAS_SKIP=skip is not None,
-                ACCUMULATE=first > 0 or layout.partial,
-                SAVED=saved,
-                GROUP=INTERVAL,
-                **launch.constants,
-            )
+        selective_scan_bwd_kernel[launch.grid](
+            u,
+            *launch.inputs,
+            launch.absent if skip is None else skip,
+            carries,
+            grad_y,
+            entering,
+            grad_u,
+            grad_raw,
+            grad_proj,
+            grad_rates,
+            grad_skip,
+            *launch.sizes,
+            positions,
+            launch.chunk,
+            launch.chunks,
+            launch.blocks,
+            launch.turns,
+            *launch.strides,
+            layout.stride_y_k,
+            HAS_SKIP=skip is not None,
+            ACCUMULATE=layout.partial,
+            SAVED=saved,
+            GROUP=INTERVAL,
+            **launch.constants,
+        )
     return Gradients(
         grad_proj.sum(0),
         grad_rates.sum(0).transpose(1, 2),

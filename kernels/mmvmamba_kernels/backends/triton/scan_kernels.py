@@ -30,8 +30,7 @@ _SIZES = (
     "chunks",
     "blocks",
     "turns",
-    "first",
-    "wave",
+    "backwards",
     "stride_y_k",
     "stride_delta_k",
 )
@@ -90,7 +89,7 @@ def _softplus(z, SOFTPLUS: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _program(blocks, wave, first, chunks):
+def _program(blocks, directions, chunks):
     """Channel block, direction, chunk and sequence of this program.
 
     The grid has one axis, the one that is not limited to 65535.
@@ -98,8 +97,8 @@ def _program(blocks, wave, first, chunks):
     pid = tl.program_id(0)
     block = pid % blocks
     pid = pid // blocks
-    k = first + pid % wave
-    pid = pid // wave
+    k = pid % directions
+    pid = pid // directions
     return block, k, pid % chunks, pid // chunks
 
 
@@ -834,7 +833,7 @@ def selective_scan_state_kernel(
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
     MAPS: tl.constexpr = 2 if R == 0 else 1
-    block, k, c, s = _program(blocks, K, 0, chunks)
+    block, k, c, s = _program(blocks, K, chunks)
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     if BACKWARDS:
@@ -982,15 +981,15 @@ def selective_scan_carry_kernel(
     channels,
     chunks,
     blocks,
+    backwards,
     K: tl.constexpr,
     N: tl.constexpr,
-    BACKWARDS: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Replace the chunks' end states by the states that enter them."""
-    block, k, n, s = _program(blocks, K, 0, N)
+    block, k, n, s = _program(blocks, K, N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < channels
     rate = tl.load(a_ptr + (k * N + n) * channels + d, mask=inside, other=0.0).to(ACC) * _LOG2E
@@ -1000,13 +999,13 @@ def selective_scan_carry_kernel(
         ends = ()
         decays = ()
         for j in tl.static_range(UNROLL):
-            c = first + (chunks - 1 - i - j if BACKWARDS else i + j)
+            c = first + tl.where(backwards != 0, chunks - 1 - i - j, i + j)
             mask = inside & (i + j < chunks)
             ends = ends + (tl.load(state_ptr + (c * N + n) * channels + d, mask=mask, other=0.0),)
             total = tl.load(total_ptr + c * channels + d, mask=mask, other=0.0)
             decays = decays + (tl.exp2(total * rate),)
         for j in tl.static_range(UNROLL):
-            c = first + (chunks - 1 - i - j if BACKWARDS else i + j)
+            c = first + tl.where(backwards != 0, chunks - 1 - i - j, i + j)
             mask = inside & (i + j < chunks)
             tl.store(state_ptr + (c * N + n) * channels + d, state, mask=mask)
             state = decays[j] * state + ends[j]
@@ -1034,8 +1033,6 @@ def selective_scan_fwd_kernel(
     chunks,
     blocks,
     turns,
-    first,
-    wave,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1064,15 +1061,15 @@ def selective_scan_fwd_kernel(
     INDEX: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Outputs of one chunk or a whole path, of the directions ``first`` to ``first + wave - 1``.
+    """Outputs of one chunk or a whole path.
 
-    Direction ``first + i`` writes buffer i of y, or adds to it. The states at every SAVED
+    A direction writes its own buffer of y, or adds to it (ACCUMULATE). The states at every SAVED
     positions, a multiple of GROUP, are left for the backward pass; at none if it is 0.
     """
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
     MAPS: tl.constexpr = 1 + (R == 0) + ACCUMULATE
-    block, k, c, s = _program(blocks, wave, first, chunks)
+    block, k, c, s = _program(blocks, K, chunks)
     t0 = c * chunk
     count, groups, _final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, path = _path(
@@ -1101,7 +1098,7 @@ def selective_scan_fwd_kernel(
         enters = enters + (inside[g] & (c > 0),)
     entering_base = entering_ptr + (row * chunks + c) * (N * channels) + d
     states = _load_states(entering_base, channels, enters, N, BLOCKS, LANES, ACC)
-    y_base = y_ptr + base * stride + (k - first).to(tl.int64) * stride_y_k + d
+    y_base = y_ptr + base * stride + k.to(tl.int64) * stride_y_k + d
     bases = (u_ptr + base * stride + k.to(tl.int64) * stride_u_k + d,)
     if R == 0:
         bases = bases + (delta_ptr + base * stride + k.to(tl.int64) * stride_delta_k + d,)
@@ -1464,8 +1461,6 @@ def selective_scan_bwd_kernel(
     chunks,
     blocks,
     turns,
-    first,
-    wave,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1515,7 +1510,7 @@ def selective_scan_bwd_kernel(
     MAPS: tl.constexpr = 2 + (R == 0) + ACCUMULATE
     GRADS: tl.constexpr = GROUP * (2 if R == 0 else 1)
     PARTS: tl.constexpr = GRADS + GROUP
-    block, k, c, s = _program(blocks, wave, first, chunks)
+    block, k, c, s = _program(blocks, K, chunks)
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, path = _path(
@@ -1550,7 +1545,7 @@ def selective_scan_bwd_kernel(
     )
     row = s.to(tl.int64) * K + k
     k64 = k.to(tl.int64)
-    grad_u_base = grad_u_ptr + base * stride + (k64 - first) * stride_y_k + d
+    grad_u_base = grad_u_ptr + base * stride + k64 * stride_y_k + d
     grad_raw_base = grad_raw_ptr + base * stride + k64 * stride_delta_k + d
     early_bases = (u_ptr + base * stride + k64 * stride_u_k + d,)
     if R == 0:
