@@ -11,12 +11,13 @@ TABLES = (
     *("1", "2, COCO 1x", "2, COCO 3x", "2, ADE20K", "3, 4"),
     *("5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15"),
 )
-# Rows that say again what others do: table 1 is of the models of 6, and all of table 2 but NAT of
-# those of 7 and 8 or of upstream's configs; S and B differ from T in depths and widths, which table
-# 3, 4 counts, and sizes between the smallest and the largest lie on one line.
+# Rows that say again what others do: table 1 is of the models of 6, and all of table 2 but NAT-T of
+# those of 7 and 8, of upstream's configs, or of other heads; S and B differ from T in depths and
+# widths, which table 3, 4 counts, and sizes between the smallest and the largest lie on one line.
 AGAIN = re.compile(
-    r"table 1: .*|table 2, [^:]*: (?!NAT-T).*|table [678]: .*-[SB](\[s2l15\])?"
-    r"|table 6: XCiT-[SM]24.*|table 9: (XCiT|HiViT).*|table 9: .* at (288|384|512|640)"
+    r"table 1: .*|table 2, ADE20K: .*|table 2, COCO [^:]*: (?!NAT-T).*"
+    r"|table [678]: .*-[SB](\[s2l15\])?|table 6: XCiT-[SM]24.*"
+    r"|table 9: (XCiT|HiViT).*|table 9: .* at (288|384|512|640)"
 )
 
 

@@ -101,7 +101,9 @@ def _shrink_s4nd_vit(backbone: ConfigDict) -> dict[int, int]:
 
 def _shrink_s4nd_convnext(backbone: ConfigDict) -> dict[int, int]:
     dims = [WIDTH * 2**i for i in range(4)]
-    backbone.update(arch={"depths": [1] * 4, "channels": dims}, d_state=4)
+    # What is called channels will be a quarter as wide.
+    channels = [4 * dim for dim in dims]
+    backbone.update(arch={"depths": [1] * 4, "channels": channels}, d_state=4)
     return {768: dims[-1]}
 
 

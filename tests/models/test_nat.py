@@ -9,6 +9,7 @@ import torch
 
 from mmvmamba.models import NAT
 from mmvmamba.models.arguments import ArgumentError
+from mmvmamba.models.checkpoint import CheckpointError
 from mmvmamba.registry import MODELS
 
 KEYS = json.loads((golden.DATA / "nat_keys.json").read_text())
@@ -28,18 +29,23 @@ def build(arch, classes=1000, dtype=torch.float32):
     return backbone.to(dtype).eval(), head.to(dtype).eval()
 
 
-def test_golden_logits():
-    """Maps of 11 x 9 and 6 x 5 positions, the second of which is padded to the window."""
+def official():
+    """The golden arrays, and the weights among them under their official names."""
     with np.load(golden.DATA / "nat.npz") as data:
         arrays = {name: data[name] for name in data.files}
-    arch = json.loads(str(arrays["meta"]))["arch"]
-    logits = torch.from_numpy(arrays["logits"])
-    backbone, head = build(arch, classes=logits.shape[1], dtype=torch.float64)
     weights = {
         name.removeprefix("w:"): torch.from_numpy(value).double()
         for name, value in arrays.items()
         if name.startswith("w:")
     }
+    return json.loads(str(arrays["meta"]))["arch"], arrays, weights
+
+
+def test_golden_logits():
+    """Maps of 11 x 9 and 6 x 5 positions, the second of which is padded to the window."""
+    arch, arrays, weights = official()
+    logits = torch.from_numpy(arrays["logits"])
+    backbone, head = build(arch, classes=logits.shape[1], dtype=torch.float64)
     of_head = {key: weights.pop(key) for key in [*weights] if key.startswith(("norm.", "head."))}
     backbone.load_state_dict(weights)
     head.load_state_dict(of_head)
@@ -104,3 +110,22 @@ def test_what_cannot_be_is_refused():
         NAT("huge")
     with pytest.raises(ValueError, match="takes floating-point images"):
         NAT(**SMALL_STAGES)(torch.zeros(1, 4, 32, 32))
+
+
+def test_official_files_load_strictly(tmp_path):
+    """A classifier's file has no norms of maps, and all else must fit."""
+    arch, _, weights = official()
+    file = tmp_path / "nat.pth"
+    torch.save(weights, file)
+    pretrained = {"type": "Pretrained", "checkpoint": str(file)}
+    model = NAT(arch, out_indices=(0, 1), init_cfg=pretrained)
+    model.init_weights()
+    own = {key: value.double() for key, value in model.state_dict().items()}
+    norms = [key for key in own if key.startswith(("norm0.", "norm1."))]
+    assert len(norms) == 4
+    of_maps = {key: weights[key] for key in own if key not in norms}
+    torch.testing.assert_close({key: own[key] for key in of_maps}, of_maps)
+    assert set(weights) - set(of_maps) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    torch.save({key: value for key, value in weights.items() if "rpb" not in key}, file)
+    with pytest.raises(CheckpointError, match=r"2 keys are missing: .*attn\.rpb"):
+        NAT(arch, out_indices=(0, 1), init_cfg=pretrained).init_weights()

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.models.arguments import check_choice
+from mmvmamba.models.backbone import Backbone
 from mmvmamba.models.compared.neighborhood_attention import neighborhood_attention_2d
 from mmvmamba.models.layers import Conv2d, DropPath, LayerNorm, Mlp, project
 from mmvmamba.models.vmamba import check_images, init_module
@@ -131,7 +131,7 @@ class ConvDownsampler(nn.Module):
 
 
 @MODELS.register_module()
-class NAT(BaseModule):
+class NAT(Backbone):
     """Neighborhood Attention Transformer, a backbone.
 
     Args:
@@ -142,7 +142,8 @@ class NAT(BaseModule):
             False, since `VMambaClsHead` has it.
         drop_path_rate: Takes the place of the arch's own.
         with_cp: Whether to recompute blocks in the backward pass (gradient checkpointing).
-        init_cfg: mmengine's initialisation.
+        init_cfg: As mmengine's. `dict(type='Pretrained', checkpoint=...)` takes official
+            files of classifiers and detectors, and is strict: see `load_backbone`.
 
     Raises:
         ArgumentError: If the arch is unknown.
@@ -158,6 +159,10 @@ class NAT(BaseModule):
         "small": Arch(96, 2.0, 0.3, 1e-5),
         "base": Arch(128, 2.0, 0.5, 1e-5),
     }
+
+    # Of classifiers, and the maps' own, which those do not have.
+    foreign_parts = ("norm.", "head.")
+    own_parts = ("norm0.", "norm1.", "norm2.", "norm3.")
 
     def __init__(
         self,

@@ -68,6 +68,11 @@ class S4NDConvNeXt(ConvNeXt):
                 block.depthwise_conv = S4ND(block.depthwise_conv.in_channels, l_max=side, **ssm)
         self._freeze_stages()
 
+    def train(self, mode: bool = True) -> "S4NDConvNeXt":
+        """Sets the mode; upstream's returns nothing."""
+        super().train(mode)
+        return self
+
 
 def _gated_average(in_channels: int, out_channels: int, stride: int) -> tuple[nn.Module, ...]:
     return (
