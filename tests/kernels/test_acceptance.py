@@ -63,7 +63,6 @@ def test_the_operators_parts_through_the_interpreter(run, part):
     assert {verdict.section for verdict in run.verdicts} == {"values", "repeats", "graphs"}
 
 
-@pytest.mark.triton(elsewhere=True)
 def test_wrong_results_are_noticed(run, part, monkeypatch):
     operators = part("operators")
     (case,) = operators.large_cases(tiny=True)

@@ -1,5 +1,6 @@
 """The depth-wise convolution, every backend that the machine has."""
 
+import itertools
 import os
 
 import pytest
@@ -46,6 +47,7 @@ SHAPES = [
 ]
 
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU: shapes too large for Triton's interpreter")
+SLOW = pytest.mark.slow
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
 BACKENDS = [None, "reference", TRITON]
 
@@ -111,9 +113,19 @@ def test_long_programs(monkeypatch):
     check(depthwise_conv_arguments(1, 19, 4, 3, device=DEVICE), "triton")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "act", "backend"),
+    [
+        *itertools.product(TOLERANCE, ACTIVATIONS, BACKENDS[:2]),
+        # Of Triton's, two activations of each type, and two types of each activation.
+        *(
+            pytest.param(dtype, act, "triton", marks=[pytest.mark.triton, *[SLOW] * ((i + j) % 2)])
+            for i, dtype in enumerate(TOLERANCE)
+            for j, act in enumerate(ACTIVATIONS)
+        ),
+    ],
+    ids=str,
+)
 def test_dtypes_and_activations(dtype, act, backend):
     # Two channel blocks, rows and columns left over.
     arguments = depthwise_conv_arguments(1, 3, 3, 33, dtype=dtype, device=DEVICE)
@@ -263,8 +275,14 @@ def test_only_the_input_is_saved(backend):
     assert sum(t.numel() for t in saved) == sum(t.numel() for t in arguments.values())
 
 
-@pytest.mark.parametrize("backend", ["reference", TRITON])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "backend"),
+    [
+        *((bias, "reference") for bias in (False, True)),
+        pytest.param(False, "triton", marks=[pytest.mark.triton, SLOW]),
+        pytest.param(True, "triton", marks=pytest.mark.triton),
+    ],
+)
 def test_opcheck(bias, backend):
     arguments = depthwise_conv_arguments(2, 2, 1, 3, device=DEVICE)
     x, weight, shift = arguments.values()

@@ -20,7 +20,10 @@ FILES = [
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="the tests run directly")
-def test_kernels_through_the_interpreter(project):
+@pytest.mark.parametrize(
+    "chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=str
+)
+def test_kernels_through_the_interpreter(chosen):
     """All in one process.
 
     The interpreter is chosen by an environment variable that must be set before Triton is imported,
@@ -31,7 +34,7 @@ def test_kernels_through_the_interpreter(project):
     marked = {path.name for path in folder.glob("test_*.py") if "mark.triton" in path.read_text()}
     assert marked - {Path(__file__).name} == set(FILES)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "triton and not slow", *FILES],
+        [sys.executable, "-m", "pytest", "-q", "-m", f"triton and {chosen}", *FILES],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=folder,
         capture_output=True,

@@ -78,10 +78,11 @@ def test_2d_whole_paths():
         ("cross2d", (2, 3, 5, 5, 2, 1)),
         ("cross2d", (1, 1, 11, 3, 1, 1)),
         ("cross2d", (1, 11, 1, 3, 1, 1)),
-        ("unidi", (1, 3, 3, 2, 1, 1)),
         ("bidi", (1, 2, 5, 2, 3, 1)),
-        ("rows", (1, 2, 9, 2, 2, 1)),
-        ("columns", (1, 9, 2, 2, 2, 1)),
+        # Parts of those.
+        pytest.param("unidi", (1, 3, 3, 2, 1, 1), marks=pytest.mark.slow),
+        pytest.param("rows", (1, 2, 9, 2, 2, 1), marks=pytest.mark.slow),
+        pytest.param("columns", (1, 9, 2, 2, 2, 1), marks=pytest.mark.slow),
     ],
 )
 def test_2d_output_and_gradients(pattern, shape):
