@@ -383,6 +383,15 @@ def _call(function: OnnxFunction, *inputs):
     return Op(DOMAIN, function.name, schema)(*inputs)
 
 
+def _check_scan(paths: INT64[...] | None, pattern: str) -> None:
+    if paths is not None:
+        raise UsageError("a scan along paths that are given as a tensor cannot be exported.")
+    if pattern not in PATTERNS:
+        raise UsageError(
+            f"scan pattern {pattern!r} cannot be exported; {', '.join(PATTERNS)} and cascade2d can."
+        )
+
+
 _SCAN_INPUTS = ("x", "proj", "dt_weight", "dt_bias", "A", "D")
 _SCAN_SCHEMA = OpSchema(
     "SelectiveScan2d",
@@ -408,11 +417,7 @@ def custom_selective_scan_2d(
 ):
     """Translates the operator of that name to one of ONNX Runtime's, of our library."""
     del backend, save_carries
-    if paths is not None or pattern not in ARITHMETIC:
-        raise UsageError(
-            f"scan pattern {pattern!r} has no operator for ONNX Runtime; "
-            f"{', '.join(ARITHMETIC)} have: export without --custom-op."
-        )
+    _check_scan(paths, pattern)
     codes = path_codes(ARITHMETIC[pattern])
     scan = Op(DOMAIN, _SCAN_SCHEMA.name, _SCAN_SCHEMA)
     return scan(x, proj, dt_weight, dt_bias, A, D, paths=codes), _nothing()
@@ -432,12 +437,7 @@ def selective_scan_2d(
 ):
     """Translates the operator of that name."""
     del backend, save_carries
-    if paths is not None:
-        raise UsageError("a scan along paths that are given as a tensor cannot be exported.")
-    if pattern not in PATTERNS:
-        raise UsageError(
-            f"scan pattern {pattern!r} cannot be exported; {', '.join(PATTERNS)} and cascade2d can."
-        )
+    _check_scan(paths, pattern)
     sequences, merge = PATTERNS[pattern]
     u, of_paths, steps = _call(sequences, x, proj)
     raw, B, C = _call(Projections, of_paths, dt_weight, dt_bias, A)
