@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmvmamba.analysis.activation_maps import Mixed, capture, driven
 from mmvmamba.analysis.pictures import load_model
 from mmvmamba.deployment.deployable import Deployable
-from mmvmamba.deployment.export import backbone_of, example_for, to_onnx, trace
+from mmvmamba.deployment.export import backbone_of, example_for, trace, write
 from mmvmamba.deployment.models import deployable
 from mmvmamba.deployment.record import Record, scans_path
 from mmvmamba.engine.tasks import scope_of
@@ -74,7 +74,7 @@ def export_scans(cfg: Config, checkpoint: str, out: Path, record: Record) -> Rec
     images, dynamic = example_for(module, record.size and tuple(record.size), batched=False)
     blocks = module.last_blocks(images)
     outputs = [f"stage{mixed.stage}.{part}" for mixed in blocks for part in PARTS]
-    to_onnx(trace(module, images, dynamic), outputs).save(scans_path(out))
+    write(trace(module, images, dynamic), scans_path(out), "onnx", outputs)
     stages = [
         {
             "stage": mixed.stage,
