@@ -239,7 +239,9 @@ function start() {
     ].map(([where, shown, side]) =>
       Math.min(Math.max(Math.floor((where / shown) * side), 0), side - 1),
     );
-    queue("Computing", () => ask(place));
+    // Another picture may have been opened before this one's turn.
+    const { image } = state;
+    queue("Computing", () => (state.image === image ? ask(place) : undefined));
   });
   for (const id of ["stage", "kind"]) at(id).addEventListener("change", showMaps);
   for (const type of ["dragover", "dragleave", "drop"]) {
