@@ -614,12 +614,38 @@ def test_the_command_serves_the_page(classifier, runtime, tmp_path):
 
 def test_a_folder_is_written_for_other_servers(runtime, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    demo.main(["--fetch"])
+    assert capsys.readouterr().out == f"onnxruntime-web {demo.VERSION}: {runtime}\n"
     demo.main(["--out", "site"])
     out = capsys.readouterr().out
     assert out.startswith("No model was given, and the quick start has not run here")
     assert {"index.html", "app.js", "ort", "model", "picture.jpg"} <= {
         path.name for path in (tmp_path / "site").iterdir()
     }
+
+
+@pytest.fixture
+def quick_start(tmp_path, monkeypatch) -> Path:
+    """The folder of a quick start that has run, with a model that was exported later."""
+    monkeypatch.chdir(tmp_path)
+    demo.QUICK_START.mkdir(parents=True)
+    (demo.QUICK_START / "trained").write_text("epoch_16.pth\n")
+    for time, name in enumerate(("epoch_16.pth", demo.MODEL)):
+        (demo.QUICK_START / name).write_bytes(b"nothing")
+        os.utime(demo.QUICK_START / name, (time, time))
+    return demo.QUICK_START
+
+
+def test_the_quick_starts_detector_is_exported_once(quick_start):
+    assert demo.quick_start_model() == quick_start / demo.MODEL
+
+
+@pytest.mark.slow
+def test_a_later_checkpoint_is_exported_again(quick_start, capfd):
+    (quick_start / "epoch_16.pth").touch()
+    with pytest.raises(UsageError, match="the quick start's detector could not be exported"):
+        demo.quick_start_model()
+    assert "epoch_16.pth" in capfd.readouterr().err
 
 
 def fake_npm(folder: Path, script: str) -> None:
