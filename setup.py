@@ -1,4 +1,4 @@
-"""Adds to the wheel what OpenMMLab's tools look for beside the code: configs, tools, the index.
+"""Adds to the wheel what stands beside the code: configs, tools, the index, the demo's page.
 
 Everything else stands in pyproject.toml. An isolated build needs setuptools alone. Compiled kernels
 go into the wheel if they are asked for: MMVMAMBA_WITH_EXT=cpu builds those for the CPU, which needs
@@ -23,7 +23,7 @@ except ImportError:  # Before setuptools 70.1.
     from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-MIM_FILES = ("configs", "tools", "model-index.yml")
+MIM_FILES = ("configs", "demo", "tools", "model-index.yml")
 WITH_EXT = os.environ.get("MMVMAMBA_WITH_EXT", "0")
 
 
@@ -95,7 +95,7 @@ class KernelWheel(bdist_wheel):
 
 
 class BuildPyWithMim(build_py):
-    """Puts `configs`, `tools` and `model-index.yml` at `mmvmamba/.mim`, and builds the kernels.
+    """Puts `MIM_FILES` at `mmvmamba/.mim`, and builds the kernels.
 
     A wheel gets copies. An editable install gets links beside the sources, so that an edited config
     is the one that `mmvmamba::` finds.

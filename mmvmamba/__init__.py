@@ -15,8 +15,8 @@ __all__ = ["__version__"]
 # A stack that does not work is what the doctor has to be able to run on.
 if not imported_for("mmvmamba.doctor"):
     check_stack()
-    # The launcher reads no weights, and what these import takes seconds.
-    if not imported_for("mmvmamba.engine.launch"):
+    # These read no weights, and what follows imports for seconds.
+    if not (imported_for("mmvmamba.engine.launch") or imported_for("mmvmamba.demo")):
         allow_mmengine_checkpoints()
         read_weights_as_data()
         register_config_scope()

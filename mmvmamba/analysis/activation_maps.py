@@ -179,6 +179,59 @@ class Scan:
         return found
 
 
+@dataclass(frozen=True)
+class Driven:
+    """What drives a mixer's K scans, at every position of the map, in float64.
+
+    Attributes:
+        paths: The paths.
+        Q: (K, H, W, N), which is C.
+        K: (K, H, W, N), which is B.
+        dt: (K, H, W, D), positive.
+        A: (K, D, N), or (K, D, 1), negative.
+        x: (K, H, W, D); of the Mamba-2 mixer, (K, H, W, D * head width).
+    """
+
+    paths: tuple[Path | ListedPath, ...]
+    Q: Tensor
+    K: Tensor
+    dt: Tensor
+    A: Tensor
+    x: Tensor
+
+
+def driven(mixer: SS2D | Mamba2Mixer, x: Tensor) -> Driven:
+    """What a mixer makes of a map.
+
+    Args:
+        mixer: The mixer.
+        x: What it is given, (B, H, W, C); the first image is taken.
+    """
+    is_mamba2 = isinstance(mixer, Mamba2Mixer)
+    paths = paths_of("cross2d" if is_mamba2 else mixer.scan)
+    x, conv = mixer.in_proj(x[:1]), mixer.conv2d
+    # In the precision in which the mixer computes it.
+    A = -mixer.A_logs.float().exp()
+    if is_mamba2:
+        x = convolve(None if conv is None else conv[1], mixer.act, x)
+        A = A[..., None]
+    else:
+        x = convolve(conv, mixer.act, x.chunk(2, dim=-1)[0] if mixer.gated else x)
+        A = mixer._per_direction(A)
+        if mixer.scan == "cascade2d":
+            rows = F.layer_norm(x, x.shape[-1:])
+            columns = F.layer_norm(mixer._scan_lines(rows, slice(0, 2)), x.shape[-1:])
+            x = torch.cat([columns if path.column_major else rows for path in paths])
+    x = x.double().expand(len(paths), -1, -1, -1)
+    projected = x @ mixer.x_proj_weight.double()[:, None].mT
+    rank = mixer.heads if is_mamba2 else mixer.dt_rank
+    dt, B, C = projected.split([rank, mixer.d_state, mixer.d_state], dim=-1)
+    if not is_mamba2:
+        dt = dt @ mixer.dt_projs_weight.double()[:, None].mT
+    dt = F.softplus(dt + mixer.dt_projs_bias.double()[:, None, None])
+    return Driven(paths, C, B, dt, A.double(), x)
+
+
 @torch.no_grad()
 def scan_of(mixer: SS2D | Mamba2Mixer, x: Tensor) -> Scan:
     """Computes what a mixer scans.
@@ -190,59 +243,19 @@ def scan_of(mixer: SS2D | Mamba2Mixer, x: Tensor) -> Scan:
     Returns:
         The scan.
     """
-    x = mixer.in_proj(x[:1])
-    conv = mixer.conv2d
-    if isinstance(mixer, Mamba2Mixer):
-        x = convolve(None if conv is None else conv[1], mixer.act, x)
-        parts = _mamba2_paths(mixer, x[0].double())
-    else:
-        x = convolve(conv, mixer.act, x.chunk(2, dim=-1)[0] if mixer.gated else x)
-        parts = _cascade_paths(mixer, x) if mixer.scan == "cascade2d" else _paths(mixer, x[0])
-    return Scan(tuple(parts), *x.shape[1:3])
+    given = driven(mixer, x)
+    return Scan(tuple(_along_path(given, k) for k in range(len(given.paths))), *x.shape[1:3])
 
 
-def _paths(mixer: SS2D, x: Tensor) -> list[PathScan]:
-    return [_path(mixer, k, path, x) for k, path in enumerate(paths_of(mixer.scan))]
-
-
-def _cascade_paths(mixer: SS2D, x: Tensor) -> list[PathScan]:
-    inner = x.shape[-1:]
-    rows = F.layer_norm(x, inner)
-    columns = F.layer_norm(mixer._scan_lines(rows, slice(0, 2)), inner)
-    return [
-        _path(mixer, k, path, (columns if path.column_major else rows)[0])
-        for k, path in enumerate(paths_of(mixer.scan))
-    ]
-
-
-def _path(mixer: SS2D, k: int, path: Path | ListedPath, x: Tensor) -> PathScan:
-    positions = _positions(path, x)
-    sequences = x.double().flatten(0, 1)[positions]
-    projected = sequences @ mixer.x_proj_weight[k].double().mT
-    low_rank, B, C = projected.split([mixer.dt_rank, mixer.d_state, mixer.d_state], dim=-1)
-    dt = low_rank @ mixer.dt_projs_weight[k].double().mT + mixer.dt_projs_bias[k].double()
-    # In the precision in which the mixer computes it.
-    A = mixer._per_direction(-mixer.A_logs.float().exp())[k].double()
+def _along_path(given: Driven, k: int) -> PathScan:
+    path, x = given.paths[k], given.x[k]
+    positions = torch.from_numpy(path_positions(path, *x.shape[:2]).copy()).to(x.device)
     turned = path.per_line and path.reverse
     outputs = positions.flip(1) if turned else positions
-    return PathScan(path_name(path), positions, outputs, C, B, F.softplus(dt), A, sequences)
-
-
-def _mamba2_paths(mixer: Mamba2Mixer, x: Tensor) -> list[PathScan]:
-    found = []
-    for k, path in enumerate(paths_of("cross2d")):
-        positions = _positions(path, x)
-        sequences = x.flatten(0, 1)[positions]
-        projected = sequences @ mixer.x_proj_weight[k].double().mT
-        dt, B, C = projected.split([mixer.heads, mixer.d_state, mixer.d_state], dim=-1)
-        dt = F.softplus(dt + mixer.dt_projs_bias[k].double())
-        A = -mixer.A_logs[k].float().exp().double()[:, None]
-        found.append(PathScan(path_name(path), positions, positions, C, B, dt, A, sequences))
-    return found
-
-
-def _positions(path: Path | ListedPath, x: Tensor) -> Tensor:
-    return torch.from_numpy(path_positions(path, *x.shape[:2]).copy()).to(x.device)
+    Q, K, dt, x = (
+        part[k].flatten(0, 1)[positions] for part in (given.Q, given.K, given.dt, given.x)
+    )
+    return PathScan(path_name(path), positions, outputs, Q, K, dt, given.A[k], x)
 
 
 @dataclass(frozen=True)

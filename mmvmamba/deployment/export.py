@@ -71,11 +71,7 @@ def export_model(
         classes=list(meta.get("classes") or meta.get("CLASSES") or ()),
         outputs=list(module.outputs),
         channels=module.channels,
-        transforms=[
-            {**step, "type": type_name(step)}
-            for step in test_steps(cfg)
-            if not type_name(step).startswith(_KEEPING)
-        ],
+        transforms=changing_steps(cfg),
         size=list(size) if size else None,
         batched=module.batched,
         least=backbone_of(module).arch.min_size,
@@ -87,6 +83,15 @@ def export_model(
     )
     record.save(out)
     return record
+
+
+def changing_steps(cfg: Config) -> list[dict]:
+    """The steps of a config's test pipeline that load or change pixels."""
+    return [
+        {**step, "type": type_name(step)}
+        for step in test_steps(cfg)
+        if not type_name(step).startswith(_KEEPING)
+    ]
 
 
 def check_format(out: Path, kind: str) -> None:

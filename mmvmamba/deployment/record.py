@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmvmamba.engine.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON's format. Files of earlier versions stay readable."""
 
 
@@ -33,6 +33,9 @@ class Record:
         versions: Of the packages that made the file.
         custom_op: Whether it needs our library of operators for ONNX Runtime.
         format: `FORMAT` at that time.
+        scans: What is in the file beside the model that `scans_path` names; None without one.
+            'divisor': images are padded to multiples of it. 'stages': for each its 'stage', the
+            'block' of it, both from 1, and its 'paths', as `mmvmamba_kernels.patterns.Path`.
     """
 
     task: str
@@ -48,6 +51,7 @@ class Record:
     versions: dict[str, str]
     custom_op: bool = False
     format: int = FORMAT
+    scans: dict | None = None
 
     def pixels(self, image: Tensor) -> np.ndarray:
         """An image (C, H, W) of OpenMMLab's pipeline as the model takes it, (1, C, H, W)."""
@@ -85,3 +89,8 @@ class Record:
 def path_of(model: Path) -> Path:
     """The JSON file beside a model's file."""
     return model.with_name(f"{model.name}.json")
+
+
+def scans_path(model: Path) -> Path:
+    """The file beside a model's file with what drives its scans."""
+    return model.with_suffix(f".scans{model.suffix}")

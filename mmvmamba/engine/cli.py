@@ -16,7 +16,6 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-import mmvmamba
 from mmvmamba.compat import StackError
 from mmvmamba.engine.data import (
     check_datasets,
@@ -28,6 +27,7 @@ from mmvmamba.engine.data import (
 from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.optim import AmpOptimWrapper, rate_notice
 from mmvmamba.engine.processes import LAUNCHERS, exit_for_good, finish_launch, prepare_launch
+from mmvmamba.engine.project import project_folder
 from mmvmamba.engine.resume import newest_checkpoint
 from mmvmamba.engine.runner import StrictRunner
 from mmvmamba.engine.settings import SettingsAction, read_config
@@ -45,13 +45,6 @@ from mmvmamba.models.official import offer_official_name
 
 CONFIG_HELP = "a config file, or a name such as mmvmamba::mask_rcnn/CONFIG.py"
 NOTICES = "notices"
-
-
-def project_folder() -> Path:
-    """The folder that holds `configs/` and `tools/`: a checkout's root, or `.mim` in an install."""
-    package = Path(mmvmamba.__file__).resolve().parent
-    checkout = package.parent
-    return checkout if (checkout / "configs").is_dir() else package / ".mim"
 
 
 def load_config(name: str, overrides: Mapping[str, object] | None = None) -> Config:

@@ -105,7 +105,8 @@ print(json.dumps([find_spec(name).origin for name in ("mmvmamba", "mmvmamba_kern
 """
 PROJECT_CONFIG_AND_HELP = """
 import runpy, sys
-from mmvmamba.engine.cli import load_config, project_folder
+from mmvmamba.engine.cli import load_config
+from mmvmamba.engine.project import project_folder
 print(json.dumps([str(project_folder()), load_config(sys.argv[1]).filename]))
 sys.argv = [sys.argv[2], "--help"]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -127,6 +128,7 @@ def test_a_wheel_trains_from_another_directory(in_wheel, sample_data, tmp_path):
     assert kernels.is_relative_to(in_wheel.parents[1])
     project = package / ".mim"
     assert (project / "model-index.yml").is_file()
+    assert (project / "demo/web/index.html").is_file()
 
     arguments = command_line(TASK, project, sample_data, elsewhere / "out")[1:]
     config = f"mmvmamba::{TASK.config}"

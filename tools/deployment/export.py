@@ -11,7 +11,9 @@ from mmvmamba.analysis.inspection import find_images
 from mmvmamba.deployment.check import compare, evaluate, runtime_of
 from mmvmamba.deployment.export import FORMATS, export_model
 from mmvmamba.deployment.quantize import quantize
+from mmvmamba.deployment.record import scans_path
 from mmvmamba.deployment.runtimes import Deployed, check_runtime
+from mmvmamba.deployment.scans import export_scans
 from mmvmamba.engine.cli import (
     add_config_arguments,
     load_config_and_data,
@@ -79,6 +81,12 @@ def parse_arguments() -> argparse.Namespace:
         help="ONNX Runtime: scan with the C++ kernel, in a library that "
         f"{extension.build_command(compiler.ONNX_RUNTIME)} makes",
     )
+    parser.add_argument(
+        "--activation-maps",
+        action="store_true",
+        help="ONNX: beside it a second graph, for what a position takes from the others in the "
+        "scans, which the page of `python -m mmvmamba.demo` shows",
+    )
     return parser.parse_args()
 
 
@@ -130,7 +138,7 @@ def compare_metrics(options: argparse.Namespace, cfg, console: Console) -> None:
 
 def export(options: argparse.Namespace) -> None:
     kind = kind_of(options)
-    for name in ("int8", "custom_op"):
+    for name in ("int8", "custom_op", "activation_maps"):
         if getattr(options, name) and kind != "onnx":
             option = name.replace("_", "-")
             raise UsageError(f"--{option} is ONNX Runtime's: give a file that ends in .onnx.")
@@ -144,6 +152,8 @@ def export(options: argparse.Namespace) -> None:
     tell_notices(cfg)
     size = tuple(options.size) if options.size else None
     record = export_model(cfg, options.checkpoint, options.out, kind, size, options.custom_op)
+    if options.activation_maps:
+        record = export_scans(cfg, options.checkpoint, options.out, record)
     if options.int8:
         quantize(cfg, options.out, calibration)
     console = Console(highlight=False, soft_wrap=True)
@@ -154,6 +164,9 @@ def export(options: argparse.Namespace) -> None:
     console.print(
         f"{options.out}: images of {sizes} to {', '.join(record.outputs)}, {weight / 1e6:.1f} MB"
     )
+    if record.scans:
+        scans = scans_path(options.out)
+        console.print(f"{scans}: for activation maps, {scans.stat().st_size / 1e6:.1f} MB")
     if options.check:
         check(options, cfg, checked, console)
     if options.evaluate:

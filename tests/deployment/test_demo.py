@@ -1,0 +1,672 @@
+"""The page of `python -m mmvmamba.demo` in a real browser: its numbers are Python's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+onnx = pytest.importorskip("onnx", reason="the extra `deploy` is not installed")
+pytest.importorskip("onnxscript", reason="the extra `deploy` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `deploy` is not installed")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+
+import tiny  # noqa: E402
+from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+
+from mmvmamba import demo  # noqa: E402
+from mmvmamba.analysis.activation_maps import KINDS, capture  # noqa: E402
+from mmvmamba.analysis.pictures import items, load_model  # noqa: E402
+from mmvmamba.analysis.scan_patterns import path_name, paths_of  # noqa: E402
+from mmvmamba.deployment import export, record, scans  # noqa: E402
+from mmvmamba.deployment.check import paste_mask  # noqa: E402
+from mmvmamba.deployment.deployable import Deployable  # noqa: E402
+from mmvmamba.deployment.models import deployable  # noqa: E402
+from mmvmamba.deployment.runtimes import Deployed, open_file  # noqa: E402
+from mmvmamba.engine.cli import load_config  # noqa: E402
+from mmvmamba.engine.errors import UsageError  # noqa: E402
+from mmvmamba.engine.tasks import scope_of  # noqa: E402
+from mmvmamba.models import VMamba  # noqa: E402
+from mmvmamba.models.checkpoint import read_checkpoint  # noqa: E402
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+# Relative to the largest number, of maps: what docs/deployment.md has of a backbone's.
+TOLERANCE = 1e-5
+CLASSIFIER = "sample/vmamba-sample_imagenet.py"
+SMALL = {
+    "model.backbone.arch.dims": 16,
+    "model.backbone.arch.depths": (1, 1),
+    "model.backbone.out_indices": (1,),
+    "model.head.in_channels": 32,
+    "model.head.num_classes": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Path:
+    try:
+        return demo.fetch_runtime()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def browser(runtime):
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright is installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def served(folder: Path, model: Path | None) -> Iterator[str]:
+    """The address of the page, with a model beside it."""
+    demo.assemble(folder, model)
+    with demo.server_of(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address(runtime, tmp_path_factory) -> Iterator[str]:
+    """Where the page is served, without a model."""
+    with served(tmp_path_factory.mktemp("page"), None) as address:
+        yield address
+
+
+class Page:
+    """The page, as a person uses it.
+
+    Args:
+        page: Of Playwright.
+        address: Where it is served.
+    """
+
+    def __init__(self, page, address: str):
+        self.page, self.done, self.faults = page, 0, []
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
+        page.goto(address)
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until what was begun has ended."""
+        self.done += 1
+        self.page.wait_for_selector(f'body[data-done="{self.done}"]', state="attached")
+
+    def open(self, *paths: Path) -> None:
+        self.page.set_input_files("#model-files", list(paths))
+        self.settle()
+
+    def text(self, name: str) -> str:
+        return self.page.inner_text(f"#{name}")
+
+    def state(self, code: str):
+        """What an expression of the page's `state` gives."""
+        return self.page.evaluate(f"import('/app.js').then(({{ state }}) => {code})")
+
+    def call(self, module: str, code: str, given=None):
+        """What a function of a module, which may take `given`, gives."""
+        return self.page.evaluate(f"(given) => import('/{module}').then((module) => {code})", given)
+
+
+@pytest.fixture
+def page(browser, address) -> Iterator[Page]:
+    opened = browser.new_page()
+    page = Page(opened, address)
+    yield page
+    opened.close()
+    # What the page fetches first may not be there.
+    assert [fault for fault in page.faults if "404" not in fault] == []
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_resizes_are_those_of_mmcv(page):
+    """Every byte: shrunk, enlarged and by half, both libraries."""
+    import mmcv
+
+    for before, after in (((61, 83), (40, 59)), ((20, 31), (47, 64)), ((40, 60), (20, 30))):
+        pixels = noise(*before)
+        for backend, interpolation in (
+            ("cv2", "bilinear"),
+            ("pillow", "bilinear"),
+            ("pillow", "bicubic"),
+        ):
+            found = page.call(
+                "resize.js",
+                "Array.from(module.resize({data: Uint8Array.from(given.data), "
+                "width: given.before[1], height: given.before[0]}, given.after[1], given.after[0], "
+                "given.backend, given.interpolation).data)",
+                {
+                    "data": pixels.flatten().tolist(),
+                    "before": before,
+                    "after": after,
+                    "backend": backend,
+                    "interpolation": interpolation,
+                },
+            )
+            expected = mmcv.imresize(
+                pixels, after[::-1], interpolation=interpolation, backend=backend
+            )
+            np.testing.assert_array_equal(np.reshape(found, (*after, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (CLASSIFIER, (70, 131)),
+        ("vmamba/vmamba-tiny-s1l8_8xb128_in1k.py", (130, 97)),
+        ("sample/upernet_vmamba-sample_ade20k.py", (90, 64)),
+        ("sample/mask-rcnn_vmamba-sample_coco.py", (75, 121)),
+    ],
+)
+def test_pictures_are_those_of_the_test_pipeline(page, project, tmp_path, config, size):
+    cfg = load_config(str(project / "configs" / config))
+    init_default_scope(scope_of(cfg))
+    path = tmp_path / "picture.png"
+    Image.fromarray(noise(*size)).save(path)
+    [item] = items(cfg, None, [path], None)
+    expected = item["inputs"].flip(0).permute(1, 2, 0).numpy()
+    page.page.set_input_files("#picture-file", path)
+    page.settle()
+    found = page.call(
+        "pixels.js",
+        "import('/app.js').then(({state}) => module.transform(state.picture, given))"
+        ".then(({data, width, height}) => ({data: Array.from(data), width, height}))",
+        json.loads(json.dumps(export.changing_steps(cfg))),
+    )
+    assert (found["height"], found["width"]) == expected.shape[:2]
+    np.testing.assert_array_equal(np.reshape(found["data"], expected.shape), expected)
+
+
+@pytest.fixture(scope="module")
+def classifier(project, tmp_path_factory) -> tuple[Path, torch.nn.Module, object]:
+    """An exported classifier with its scans, its original, and its config."""
+    folder = tmp_path_factory.mktemp("classifier")
+    config = str(project / "configs" / CLASSIFIER)
+    cfg = load_config(config, SMALL)
+    init_default_scope("mmpretrain")
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    # Classes that differ.
+    torch.nn.init.normal_(model.head.head.weight)
+    names = [f"class {i}" for i in range(5)]
+    checkpoint = folder / "model.pth"
+    torch.save(
+        {"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": names}}}, checkpoint
+    )
+    out = folder / "small.onnx"
+    options = [f"{key}={str(value).replace(' ', '')}" for key, value in SMALL.items()]
+    done = tiny.run_python(
+        *(project / "tools/deployment/export.py", config, checkpoint, out, "--activation-maps"),
+        # Of one size, which is exported faster.
+        *("--size", "96", "96", "--cfg-options", *options),
+        cwd=folder,
+    )
+    assert "small.scans.onnx: for activation maps" in done.stdout
+    return out, load_model(cfg, read_checkpoint(str(checkpoint)), str(checkpoint)), cfg
+
+
+def test_a_classifiers_numbers_are_pythons(browser, classifier, tmp_path):
+    """Served, on a picture that is opened; and a click gives the maps of the analysis."""
+    path, model, cfg = classifier
+    picture = tmp_path / "picture.png"
+    Image.fromarray(noise(70, 101)).save(picture)
+    with served(tmp_path / "page", path) as address:
+        page = Page(browser.new_page(), address)
+        assert "A classifier, vmamba-sample_imagenet.py. Open a picture." in page.text("status")
+        page.page.set_input_files("#picture-file", picture)
+        page.settle()
+        assert page.text("status").endswith(" ms.")
+        [item] = items(cfg, None, [picture], None)
+        deployed = Deployed(path)
+        pixels = deployed.record.pixels(item["inputs"])
+        expected = deployed(pixels)["probabilities"][0]
+        found = page.state("Array.from(state.results.probabilities.data)")
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+        assert np.ptp(expected) > 0.01
+        best = int(expected.argmax())
+        assert page.text("results").splitlines()[0].startswith(f"class {best}")
+        assert f"{100 * expected[best]:.1f} %" in page.text("results")
+
+        page.page.click("#picture", position={"x": 150, "y": 210})
+        page.settle()
+        wide = page.page.locator("#picture").bounding_box()["width"]
+        query = page.state("state.query")
+        assert query == [int(210 / wide * 96), int(150 / wide * 96)]
+        image = deployable("mmpretrain", model).normalised(torch.from_numpy(pixels))[0]
+        blocks = {mixed.stage: mixed for mixed in capture(model.backbone, image)}
+        assert page.page.locator("#stage option").all_inner_texts() == ["1, block 1", "2, block 1"]
+        for i, mixed in enumerate(blocks.values()):
+            page.page.select_option("#stage", str(i))
+            cell = tuple(at * n // 96 for at, n in zip(query, mixed.x.shape[1:3], strict=True))
+            check_maps(page, mixed.scan(), cell)
+        # Of the first stage, from which the page has 24x24 positions.
+        assert page.page.locator("#paths figcaption").all_inner_texts() == [
+            path_name(path) for path in paths_of("cross2d")
+        ]
+        assert page.page.evaluate("document.getElementById('sum').width") == 12
+        assert not page.faults
+
+
+def check_maps(page: Page, scan, cell: tuple[int, int]) -> None:
+    found = page.state(
+        "Object.fromEntries(Object.entries(state.maps).map(([kind, {each, sum}]) => "
+        "[kind, [...each, sum].map(({data}) => Array.from(data))]))"
+    )
+    for kind in KINDS:
+        expected = scan.maps(cell, kind).flatten(1)
+        expected = torch.cat([expected, expected.sum(0, keepdim=True)])
+        error = (torch.tensor(found[kind]) - expected).abs().amax(1) / expected.abs().amax(1)
+        assert error.max() <= TOLERANCE, kind
+
+
+def test_a_model_is_opened_from_files(page, classifier, tmp_path):
+    """As the sample picture is, and in any order; without the scans there are no maps."""
+    path, *_ = classifier
+    page.page.click("#sample")
+    page.settle()
+    assert page.text("status") == "Open a model."
+    page.open(record.path_of(path), path)
+    assert page.text("status").startswith("A classifier, ")
+    assert page.text("status").endswith(" ms.")
+    assert page.page.is_hidden("#maps")
+    page.open(record.scans_path(path), path, record.path_of(path))
+    assert page.page.is_visible("#maps")
+
+
+def the_record(**changes) -> record.Record:
+    known = {
+        "task": "mmseg",
+        "config": "config.py",
+        "classes": ["sky", "tree", "house"],
+        "outputs": ["labels"],
+        "channels": "RGB",
+        "transforms": [{"type": "LoadImageFromFile"}],
+        "size": None,
+        "batched": True,
+        "least": 8,
+        "opset": 18,
+        "versions": {},
+    }
+    return record.Record(**known | changes)
+
+
+class Largest(torch.nn.Module):
+    """A segmentor whose labels are each pixel's largest channel."""
+
+    def forward(self, images):
+        return images.argmax(1)
+
+
+class Found(torch.nn.Module):
+    """A detector that finds the same in any image."""
+
+    def __init__(self):
+        super().__init__()
+        masks = torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(0))
+        self.register_buffer(
+            "boxes", torch.tensor([[3.2, 5.1, 40, 31], [-4, 2, 9, 60], [1, 2, 3, 4]])
+        )
+        self.register_buffer("scores", torch.tensor([0.9, 0.5, 0.1]))
+        self.register_buffer("labels", torch.tensor([2, 0, 1]))
+        self.register_buffer("masks", masks)
+
+    def forward(self, images):
+        nothing = images.sum() * 0
+        return self.boxes + nothing, self.scores + nothing, self.labels, self.masks + nothing
+
+
+def written(module: torch.nn.Module, folder: Path, **changes) -> list[Path]:
+    """The files of a module for images of any size."""
+    path, example = folder / "model.onnx", torch.rand(1, 3, 40, 50)
+    given = the_record(**changes)
+    export.write(export.trace(module, example, (2, 3)), path, "onnx", given.outputs)
+    given.save(path)
+    return [path, record.path_of(path)]
+
+
+@pytest.fixture(scope="module")
+def largest(tmp_path_factory) -> Path:
+    return written(Largest(), tmp_path_factory.mktemp("largest"))[0]
+
+
+def test_a_segmentors_labels_are_shown(page, largest, tmp_path):
+    pixels = noise(33, 47)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    page.open(largest, record.path_of(largest))
+    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
+    page.settle()
+    labels = pixels.argmax(2)
+    found = page.state("Array.from(state.results.labels.data)")
+    np.testing.assert_array_equal(np.reshape(found, labels.shape), labels)
+    names = ["sky", "tree", "house"]
+    for label, name in enumerate(names):
+        assert f"{name}\t{100 * (labels == label).mean():.1f} %" in page.text("results")
+
+
+def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
+    size = (45, 64)
+    Image.fromarray(noise(*size)).save(tmp_path / "picture.png")
+    outputs = ["boxes", "scores", "labels", "masks"]
+    module = Found()
+    page.open(*written(module, tmp_path, task="mmdet", outputs=outputs, batched=False))
+    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
+    page.settle()
+    assert page.text("results").splitlines() == ["house\t90.0 %", "sky\t50.0 %"]
+    found = page.page.evaluate(
+        "Promise.all([import('/app.js'), import('/model.js')]).then(([{state}, model]) => "
+        "model.instances(state.results, [], 0.3).map(({box, mask}) => "
+        "Array.from(model.pasteMask(mask, box, state.image.width, state.image.height))))"
+    )
+    for mask, box, pasted in zip(module.masks, module.boxes, found, strict=False):
+        expected = paste_mask(mask, box, size)
+        np.testing.assert_allclose(np.reshape(pasted, size), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": record.FORMAT + 1}, "has format 3, this page reads up to 2: update mmvmamba."),
+        ({"task": "mmpose"}, "This page shows classifiers, segmentors, detectors; model.onnx.json"),
+        (
+            {"size": [40, 50]},
+            "The model was made for images of 40x50 pixels, the picture has 33x47",
+        ),
+        ({"least": 64}, "The model takes images from 64 pixels, the picture has 33x47."),
+        (
+            {"transforms": [{"type": "LoadImageFromFile"}, {"type": "mmseg.ResizeToMultiple"}]},
+            "This page cannot do the step ResizeToMultiple of the model's test pipeline",
+        ),
+        (
+            {"transforms": [{"type": "CenterCrop", "crop_size": 9, "auto_pad": True}]},
+            "This page cannot do CenterCrop with auto_pad=true of the model's test pipeline",
+        ),
+    ],
+)
+def test_what_cannot_be_shown_is_told_in_one_line(page, largest, tmp_path, changes, message):
+    Image.fromarray(noise(33, 47)).save(tmp_path / "picture.png")
+    path = tmp_path / "model.onnx"
+    shutil.copyfile(largest, path)
+    the_record(**changes).save(path)
+    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
+    page.settle()
+    page.open(path, record.path_of(path))
+    assert page.text("error").startswith(message) or message in page.text("error")
+    assert "\n" not in page.text("error")
+
+
+def test_files_that_do_not_belong_together_are_told(page, largest, tmp_path):
+    page.open(largest)
+    assert page.text("error").startswith("model.onnx.json is missing: open it together with")
+    page.open(record.path_of(largest))
+    assert page.text("error") == "Open the model's .onnx file together with model.onnx.json."
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    page.open(tmp_path / "model.onnx", record.path_of(largest))
+    assert page.text("error").startswith(f"onnxruntime-web {demo.VERSION} cannot open the model: ")
+    page.open(tmp_path / "model.onnx")
+    (tmp_path / "text.png").write_text("no picture")
+    page.page.set_input_files("#picture-file", tmp_path / "text.png")
+    page.settle()
+    assert page.text("error") == "text.png is no picture that this browser can read."
+
+
+def test_browsers_without_webassembly_are_told(browser, address, largest):
+    opened = browser.new_page()
+    opened.add_init_script("delete window.WebAssembly")
+    page = Page(opened, address)
+    page.open(largest, record.path_of(largest))
+    assert page.text("error").startswith("This browser has no WebAssembly")
+    opened.close()
+
+
+def test_the_pages_format_is_the_records(project):
+    assert f"export const FORMAT = {record.FORMAT};" in (project / "demo/web/model.js").read_text()
+
+
+def test_earlier_records_are_read(tmp_path):
+    path = tmp_path / "model.onnx"
+    the_record().save(path)
+    content = json.loads(record.path_of(path).read_text())
+    del content["scans"]
+    record.path_of(path).write_text(json.dumps(content | {"format": 1}))
+    assert record.Record.load(path).scans is None
+
+
+BACKBONES = {
+    "vanilla": {"d_state": 4, "ssm_ratio": 2.0, "gated": True, "stem": "v1", "downsample": "v1"},
+    "mamba2": {"mixer": "mamba2", "d_state": 8, "dt_rank": 2, "act": "gelu", "init": "rand"},
+    "cascade2d": {"scan": "cascade2d"},
+    "bidi": {"scan": "bidi", "d_state": 2},
+}
+
+
+class Bare(Deployable):
+    """A backbone as it is deployed, without a task."""
+
+    def __init__(self, model: VMamba):
+        torch.nn.Module.__init__(self)
+        self.model, self.normalises, self.divisor, self.pad_value = model, False, 16, 0.0
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_every_scan_has_its_maps(page, name):
+    """Of padded images too: the page's equation on what drives the scan, against the analysis."""
+    torch.manual_seed(0)
+    backbone = VMamba({"dims": 8, "depths": (2,), **BACKBONES[name]}).eval().requires_grad_(False)
+    module = scans.Scans(Bare(backbone)).eval()
+    image = torch.randn(1, 3, 50, 77)
+    parts = dict(zip(scans.PARTS, module(image), strict=True))
+    [mixed] = module.last_blocks(image)
+    assert mixed.block == 2
+    query, mamba2 = (7, 12), "mixer" in BACKBONES[name]
+    paths = paths_of("cross2d" if mamba2 else mixed.mixer.scan)
+    found = page.call(
+        "maps.js",
+        "Object.fromEntries(Object.entries(module.mapsOf(given.parts, given.paths, given.query))"
+        ".map(([kind, {each}]) => [kind, each.map(({data}) => Array.from(data))]))",
+        {
+            "parts": {
+                part: {"data": value.flatten().tolist(), "shape": list(value.shape)}
+                for part, value in parts.items()
+            },
+            "paths": [path._asdict() for path in paths],
+            "query": query,
+        },
+    )
+    for kind in KINDS:
+        expected = mixed.scan().maps(query, kind).flatten(1)
+        largest = expected.abs().max().item()
+        np.testing.assert_allclose(found[kind], expected, rtol=0, atol=TOLERANCE * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tiny.TASKS))
+def test_whole_models_numbers_are_pythons(page, project, tmp_path, name):
+    """The sample configs with random weights, on the sample picture, whose file is a JPEG."""
+    task = tiny.TASKS[name]
+    cfg = load_config(str(project / "configs" / task.config))
+    init_default_scope(name)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    for part, module in model.named_modules():
+        # Results that differ from each other.
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and "backbone" not in part:
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
+    path = tmp_path / "model.onnx"
+    given = export.export_model(cfg, str(tmp_path / "model.pth"), path, "onnx")
+    scans.export_scans(cfg, str(tmp_path / "model.pth"), path, given)
+    page.page.click("#sample")
+    page.settle()
+    page.open(path, record.path_of(path), record.scans_path(path))
+    assert page.text("status").endswith(" ms."), page.text("error")
+    image = page.state("[state.image.height, state.image.width, Array.from(state.image.data)]")
+    pixels = torch.tensor(image[2], dtype=torch.float32).reshape(*image[:2], 3).permute(2, 0, 1)
+    [item] = items(cfg, None, [project / "demo/web/picture.jpg"], None)
+    steps = (pixels.flip(0) - item["inputs"]).abs()
+    warnings.warn(f"{name}: JPEG differs by {steps.max()}, {steps.mean():.3f}", stacklevel=1)
+    assert steps.mean() < 1
+    expected = Deployed(path)(given.pixels(pixels.flip(0)))
+    for output, value in expected.items():
+        found = np.array(page.state(f"Array.from(state.results['{output}'].data)"))
+        assert found.size == value.size
+        largest = np.abs(value).max()
+        if output == "labels":
+            assert (found.reshape(value.shape) != value).mean() < 1e-4
+        else:
+            assert np.abs(found.reshape(value.shape) - value).max() <= 1e-4 * largest, output
+    page.page.click("#picture", position={"x": 100, "y": 100})
+    page.settle()
+    assert page.page.locator("#paths figure").count() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DEMO_MODEL" not in os.environ, reason="DEMO_MODEL names no model to look at")
+def test_looks(browser, tmp_path):
+    """Keeps what docs/demo.md shows."""
+    with served(tmp_path / "page", Path(os.environ["DEMO_MODEL"]).absolute()) as address:
+        opened = browser.new_page(
+            viewport={"width": 1000, "height": 800}, device_scale_factor=1.5, color_scheme="light"
+        )
+        page = Page(opened, address)
+        opened.click("#sample")
+        page.settle()
+        # The pizza.
+        box = opened.locator("#picture").bounding_box()
+        opened.click("#picture", position={"x": 0.58 * box["width"], "y": 0.7 * box["height"]})
+        page.settle()
+        opened.select_option("#stage", "1")
+        assert not page.faults
+        opened.screenshot(
+            path=os.environ.get("DEMO_PICTURE", tmp_path / "demo.png"), full_page=True
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_every_scan_is_exported(tmp_path, name):
+    torch.manual_seed(0)
+    backbone = VMamba({"dims": 8, "depths": (1, 1), **BACKBONES[name]}).eval().requires_grad_(False)
+    module = scans.Scans(Bare(backbone)).eval()
+    path = tmp_path / "scans.onnx"
+    example = export.example_for(module, None, batched=False)
+    export.write(export.trace(module, *example), path, "onnx")
+    image = torch.randn(1, 3, 50, 77)
+    for found, expected in zip(open_file(path)(image.numpy()), module(image), strict=True):
+        error = np.abs(found - expected.numpy()).max() / expected.abs().max()
+        assert error <= TOLERANCE
+
+
+def test_the_command_serves_the_page(classifier, runtime, tmp_path):
+    """And an error is a line."""
+    command = [sys.executable, "-m", "mmvmamba.demo"]
+    environment = tiny.clean_environment()
+    with subprocess.Popen(
+        [*command, classifier[0], "--no-browser"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            address = process.stdout.readline().split()[0]
+            for name, kind in (
+                ("", "text/html"),
+                ("app.js", "text/javascript"),
+                ("ort/ort-wasm-simd-threaded.wasm", "application/wasm"),
+                ("model/model.scans.onnx", "application/octet-stream"),
+            ):
+                with urllib.request.urlopen(address + name) as answer:
+                    assert answer.headers["Content-Type"].split(";")[0] == kind
+                    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        finally:
+            process.terminate()
+    for arguments, message in (
+        (["no.onnx"], "error: no.onnx does not exist (working directory: "),
+        (["model.pt2"], "error: model.pt2: the page runs ONNX files, which end in .onnx."),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            demo.main(arguments)
+        assert str(stopped.value).startswith(message)
+
+
+def test_a_folder_is_written_for_other_servers(runtime, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo.main(["--fetch"])
+    assert capsys.readouterr().out == f"onnxruntime-web {demo.VERSION}: {runtime}\n"
+    demo.main(["--out", "site"])
+    out = capsys.readouterr().out
+    assert out.startswith("No model was given, and the quick start has not run here")
+    assert {"index.html", "app.js", "ort", "model", "picture.jpg"} <= {
+        path.name for path in (tmp_path / "site").iterdir()
+    }
+
+
+@pytest.fixture
+def quick_start(tmp_path, monkeypatch) -> Path:
+    """The folder of a quick start that has run, with a model that was exported later."""
+    monkeypatch.chdir(tmp_path)
+    demo.QUICK_START.mkdir(parents=True)
+    (demo.QUICK_START / "trained").write_text("epoch_16.pth\n")
+    for time, name in enumerate(("epoch_16.pth", demo.MODEL)):
+        (demo.QUICK_START / name).write_bytes(b"nothing")
+        os.utime(demo.QUICK_START / name, (time, time))
+    return demo.QUICK_START
+
+
+def test_the_quick_starts_detector_is_exported_once(quick_start):
+    assert demo.quick_start_model() == quick_start / demo.MODEL
+
+
+@pytest.mark.slow
+def test_a_later_checkpoint_is_exported_again(quick_start, capfd):
+    (quick_start / "epoch_16.pth").touch()
+    with pytest.raises(UsageError, match="the quick start's detector could not be exported"):
+        demo.quick_start_model()
+    assert "epoch_16.pth" in capfd.readouterr().err
+
+
+def fake_npm(folder: Path, script: str) -> None:
+    npm = folder / "npm"
+    npm.write_text(f"#!/bin/sh\n{script}\n")
+    npm.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "the page needs onnxruntime-web, which npm downloads: install npm"),
+        ("echo 'npm error code ENOTFOUND' >&2; exit 1", r"\(npm error code ENOTFOUND\)"),
+        ("echo other > it.tgz; echo it.tgz", "it.tgz is not onnxruntime-web .*: its sha512 is "),
+    ],
+)
+def test_a_runtime_that_cannot_be_had_is_told(tmp_path, monkeypatch, script, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if script:
+        fake_npm(tmp_path, script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
+    with pytest.raises(UsageError, match=message):
+        demo.fetch_runtime()
+    assert not list((tmp_path / "cache/mmvmamba").iterdir())
