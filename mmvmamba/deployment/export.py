@@ -1,5 +1,6 @@
 """Models and modules to files of other runtimes."""
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -248,13 +249,20 @@ def to_onnx(
     for function in operators.functions():
         written = onnx_ir.from_proto(function.to_function_proto())
         model.model.functions[written.identifier()] = written
-    optimizer.optimize(model.model, inline=False)
+    with _undisturbed():
+        optimizer.optimize(model.model, inline=False)
     return model
 
 
 @contextmanager
 def _undisturbed():
     """Silences what exporters say of themselves and of the packages that they look for."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -225,6 +225,7 @@ def classifier(project, tmp_path_factory) -> tuple[Path, torch.nn.Module, object
         cwd=folder,
     )
     assert "small.scans.onnx: for activation maps" in done.stdout
+    assert "initializer" not in done.stdout
     return out, load_model(cfg, read_checkpoint(str(checkpoint)), str(checkpoint)), cfg
 
 
