@@ -89,21 +89,31 @@ export function drawInstances(canvas, found) {
   }
 }
 
-/** Draws a map, a pixel a position: magnitudes over the largest one, and a mark in a cell. */
+/**
+ * Draws a map: magnitudes over the largest one, and a frame round a cell.
+ *
+ * @returns {number} The largest magnitude.
+ */
 export function drawMap(canvas, { data, width, height }, [row, column]) {
-  canvas.width = width;
-  canvas.height = height;
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(width, height);
+  const image = new ImageData(width, height);
   const most = data.reduce((largest, value) => Math.max(largest, Math.abs(value)), 0);
   data.forEach((value, i) => {
     const at = most > 0 ? Math.abs(value) / most : 0;
     viridis(at).forEach((part, c) => (image.data[4 * i + c] = part));
     image.data[4 * i + 3] = 255;
   });
-  context.putImageData(image, 0, 0);
-  context.fillStyle = "red";
-  context.fillRect(column + 0.25, row + 0.25, 0.5, 0.5);
+  const small = new OffscreenCanvas(width, height);
+  small.getContext("2d").putImageData(image, 0, 0);
+  // Pixels of a cell, so that its frame is a line.
+  const unit = Math.max(1, Math.ceil(400 / Math.max(width, height)));
+  canvas.width = width * unit;
+  canvas.height = height * unit;
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  context.strokeStyle = "red";
+  context.lineWidth = Math.max(unit / 8, 3);
+  context.strokeRect(column * unit, row * unit, unit, unit);
   return most;
 }
 
