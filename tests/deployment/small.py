@@ -54,9 +54,9 @@ def _options(name: str, stages: int) -> dict:
         return given | _below("model.decode_head", head)
     # Few boxes, so that no two have a score in common, to the last digits.
     few = {"nms_pre": 100, "max_per_img": 20}
+    # Levels that the backbone does not have.
+    strides += [strides[-1] * 2] if name != "retinanet" else [strides[-1] * 2, strides[-1] * 4]
     if name == "retinanet":
-        # Levels that the backbone does not have.
-        strides += [strides[-1] * 2, strides[-1] * 4]
         head = {"in_channels": WIDTH, "feat_channels": WIDTH, "num_classes": CLASSES}
         return {
             **given,
@@ -71,7 +71,7 @@ def _options(name: str, stages: int) -> dict:
     head = {"in_channels": WIDTH, "fc_out_channels": 16, "num_classes": CLASSES}
     heads = [f".{i}" for i in range(3)] if name == "cascade-rcnn" else [""]
     given |= {
-        **_neck(channels, stages),
+        **_neck(channels, len(strides)),
         **_below("model.rpn_head", region | {"anchor_generator.strides": strides}),
         **_below("model.test_cfg.rpn", few),
         "model.test_cfg.rcnn.max_per_img": 20,
