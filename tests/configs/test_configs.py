@@ -15,6 +15,7 @@ from mmvmamba.engine.seeds import seed_step
 # Parameters of each backbone's first layer and last mixer.
 LEARNS = {
     "mmvmamba.VMamba": ("patch_embed.0.weight", "layers.3.blocks.0.op.A_logs"),
+    "mmvmamba.VisionMamba": ("pos_embed", "layers.0.mixer.A_b_log"),
     "mmvmamba.NAT": ("patch_embed.proj.0.weight", "levels.3.blocks.0.attn.rpb"),
     "mmvmamba.S4NDViT": ("patch_embed.weight", "blocks.1.op.s4nd.kernel.0.A_real"),
     "mmvmamba.S4NDConvNeXt": (

@@ -11,12 +11,17 @@ from mmvmamba.models import VMamba
 METAFILES = sorted((PROJECT / "configs").rglob("metafile.yml"))
 ENTRIES = [entry for path in METAFILES for entry in yaml.safe_load(path.read_text())["Models"]]
 SAMPLES = PROJECT / "configs/sample"
-RELEASES = "https://github.com/MzeroMiko/VMamba/releases/download/"
+RELEASES = (
+    "https://github.com/MzeroMiko/VMamba/releases/download/",
+    "https://huggingface.co/hustvl/Vim-",
+)
 
-WEIGHTS = Config.fromfile(PROJECT / "configs/_base_/weights.py").vmamba_weights
+RELEASED = Config.fromfile(PROJECT / "configs/_base_/weights.py")
+WEIGHTS = {"VMamba": RELEASED.vmamba_weights, "Vim": RELEASED.vim_weights}
 
 COLLECTIONS = {
     "mmvmamba.VMamba": "VMamba",
+    "mmvmamba.VisionMamba": "Vim",
     "mmvmamba.NAT": "NAT",
     "mmvmamba.S4NDViT": "S4ND",
     "mmvmamba.S4NDConvNeXt": "S4ND",
@@ -70,7 +75,7 @@ def test_an_entry_agrees_with_its_config(entry):
 def test_an_entry_says_where_its_results_and_weights_come_from(entry):
     for result in entry.get("Results", ()):
         assert result["Source"].startswith(("arXiv 2401.10166v3, table ", "official repository"))
-    assert entry.get("Weights", RELEASES).startswith(RELEASES)
+    assert entry.get("Weights", RELEASES[0]).startswith(RELEASES)
     if "FLOPs" in entry["Metadata"]:
         assert "FLOPs Input" in entry["Metadata"]
 
@@ -86,21 +91,29 @@ def test_a_name_tells_the_architecture(entry):
 
 @by_entry
 def test_backbones_start_from_the_weights_of_their_architecture(entry):
-    backbone = load(PROJECT / entry["Config"]).model.backbone
-    if backbone.get("init_cfg"):
-        is_nat = backbone.type == "mmvmamba.NAT"
-        weights = NAT_WEIGHTS.format(backbone.arch) if is_nat else WEIGHTS[key(backbone.arch)]
-        assert backbone.init_cfg == {"type": "Pretrained", "checkpoint": weights}
+    model = load(PROJECT / entry["Config"]).model
+    backbone, family = model.backbone, entry["In Collection"]
+    # Vim's fine-tuned classifiers start from a whole file.
+    init_cfg = backbone.get("init_cfg") or (family == "Vim" and model.get("init_cfg"))
+    if init_cfg:
+        is_nat = family == "NAT"
+        weights = (
+            NAT_WEIGHTS.format(backbone.arch) if is_nat else WEIGHTS[family][key(backbone.arch)]
+        )
+        assert init_cfg == {"type": "Pretrained", "checkpoint": weights}
 
 
 def test_classifiers_and_their_weights_fit():
     for entry in ENTRIES:
         cfg = load(PROJECT / entry["Config"])
         if cfg.default_scope == "mmpretrain" and "Weights" in entry:
-            assert entry["Weights"] == WEIGHTS[key(cfg.model.backbone.arch)]
-    (family,) = [path for path in METAFILES if path.parent.name == "vmamba"]
-    named = [entry.get("Weights") for entry in yaml.safe_load(family.read_text())["Models"]]
-    assert sorted(filter(None, named)) == sorted(WEIGHTS.values())
+            backbone = cfg.model.backbone
+            arch = f"{backbone.arch}-stride8" if backbone.get("stride") == 8 else backbone.arch
+            assert entry["Weights"] == WEIGHTS[entry["In Collection"]][key(arch)]
+    for name, weights in WEIGHTS.items():
+        (family,) = [path for path in METAFILES if path.parent.name == name.lower()]
+        named = [entry.get("Weights") for entry in yaml.safe_load(family.read_text())["Models"]]
+        assert sorted(filter(None, named)) == sorted(weights.values())
 
 
 def key(arch):

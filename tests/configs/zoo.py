@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
-from mmvmamba.models import NAT, VMamba
+from mmvmamba.models import NAT, VisionMamba, VMamba
 from mmvmamba.registry import MODELS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,8 @@ def shrink(cfg: Config) -> Config:
     channels = SHRINK[backbone.type](backbone)
     backbone.drop_path_rate = 0.0
     backbone.init_cfg = None
+    if (cfg.model.get("init_cfg") or {}).get("type") == "Pretrained":
+        cfg.model.init_cfg = None
 
     # The first part that has them receives the backbone's maps.
     parts = ("neck",) if cfg.model.get("neck") else ("head", "decode_head", "auxiliary_head")
@@ -72,9 +74,12 @@ def shrink(cfg: Config) -> Config:
         if found is not None:
             many = isinstance(found, list | tuple)
             part.in_channels = [channels[c] for c in found] if many else channels[found]
-    if cfg.model.get("data_preprocessor", {}).get("size"):
+    preprocessor = cfg.model.get("data_preprocessor", {})
+    if preprocessor.get("size"):
         # Segmentors pad to their crop.
-        cfg.model.data_preprocessor.size = (SIZE, SIZE)
+        preprocessor.size = (SIZE, SIZE)
+    elif preprocessor.get("pad_size_divisor", 0) > SIZE:
+        preprocessor.pad_size_divisor = SIZE
     return cfg
 
 
@@ -107,8 +112,17 @@ def _shrink_s4nd_convnext(backbone: ConfigDict) -> dict[int, int]:
     return {768: dims[-1]}
 
 
+def _shrink_vim(backbone: ConfigDict) -> dict[int, int]:
+    # As many blocks as maps are taken from.
+    arch, depth = VisionMamba.find_arch(backbone.arch), len(backbone.get("out_indices", [0]))
+    backbone.arch = dict(vars(arch) | {"dims": WIDTH, "depth": depth})
+    backbone.update(out_indices=tuple(range(depth)), img_size=SIZE)
+    return {arch.dims: WIDTH}
+
+
 SHRINK = {
     "mmvmamba.VMamba": _shrink_vmamba,
+    "mmvmamba.VisionMamba": _shrink_vim,
     "mmvmamba.NAT": _shrink_nat,
     "mmvmamba.S4NDViT": _shrink_s4nd_vit,
     "mmvmamba.S4NDConvNeXt": _shrink_s4nd_convnext,

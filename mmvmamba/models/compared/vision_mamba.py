@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -119,7 +120,7 @@ class BidirectionalMixer(KeepsFloat32, nn.Module):
         y = selective_scan(
             with_range(x),
             dt.flatten(1, 2),
-            -torch.cat([self.A_log, self.A_b_log]).float().exp(),
+            -torch.cat([self.A_log, self.A_b_log]).exp(),
             b,
             c,
             torch.cat([self.D, self.D_b]),
@@ -344,7 +345,8 @@ class VisionMamba(Backbone):
         half = self.arch.dims // 2
         rates = 10000 ** -(torch.arange(0, half, 2, device=like.device, dtype=like.dtype) / half)
         rows, columns = (
-            (torch.arange(n, device=like.device) / n * ROPE_SIDE).outer(rates) for n in size
+            (torch.arange(n, device=like.device, dtype=like.dtype) / n * ROPE_SIDE).outer(rates)
+            for n in size
         )
         angles = torch.cat(
             [rows[:, None].expand(*size, -1), columns[None].expand(*size, -1)], dim=-1
@@ -448,3 +450,66 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels of (B, L, C) by its angle."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+@MODELS.register_module(name="LN2d")
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation of the channels of NCHW, for `norm_cfg` of the released detectors."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@MODELS.register_module()
+class SimpleFeaturePyramid(BaseModule):
+    """The neck of the released detectors: five maps from one, without a top-down pass.
+
+    Source: "Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527,
+    section 3.
+
+    Args:
+        in_channels: Channels C of the map.
+        out_channels: Channels of every level.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 256):
+        super().__init__()
+
+        def double(channels: int) -> nn.Module:
+            return nn.ConvTranspose2d(channels, channels // 2, kernel_size=2, stride=2)
+
+        half = in_channels // 2
+        steps = (
+            [double(in_channels), LayerNorm2d(half), nn.GELU(), double(half)],
+            [double(in_channels)],
+            [],
+            [nn.MaxPool2d(kernel_size=2, stride=2)],
+        )
+        widths = half // 2, half, in_channels, in_channels
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *step,
+                nn.Conv2d(width, out_channels, kernel_size=1, bias=False),
+                LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+                LayerNorm2d(out_channels),
+            )
+            for step, width in zip(steps, widths, strict=True)
+        )
+
+    def forward(self, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Makes the levels.
+
+        Args:
+            maps: One map (B, C, H, W) of a sixteenth of the image.
+
+        Returns:
+            Maps (B, out_channels, ., .) of 1/4, 1/8, 1/16, 1/32 and 1/64 of the image.
+        """
+        (x,) = maps
+        # mmcv's operators read maps of any strides as if they were NCHW in memory.
+        outs = [level(x).contiguous() for level in self.levels]
+        return (*outs, F.max_pool2d(outs[-1], kernel_size=1, stride=2))
