@@ -117,7 +117,7 @@ class PaperTable:
     passes: tuple[str, ...] = ("inference",)
 
     def reference(self, row: Row) -> Row:
-        """The row that another is compared with: VMamba-T on images of the same size."""
+        """What a row is compared with: VMamba-T on images of its size, or else the first row."""
         named = (REFERENCE, f"{REFERENCE} at {row.shape[0]}")
         return next((other for other in self.rows if other.name in named), self.rows[0])
 
@@ -128,9 +128,9 @@ def _load(config: str) -> Config:
 
 
 @functools.cache
-def read_tables(file: Path = FILE) -> tuple[PaperTable, ...]:
+def read_tables() -> tuple[PaperTable, ...]:
     """All tables, in the paper's order."""
-    tables = json.loads(file.read_text(encoding="utf-8"))["tables"]
+    tables = json.loads(FILE.read_text(encoding="utf-8"))["tables"]
     by_name = {f"{table['table']}: {row['row']}": row for table in tables for row in table["rows"]}
     return tuple(
         PaperTable(
@@ -249,9 +249,10 @@ def comparison(table: PaperTable, measured: Sequence[Measured], cases: Sequence[
     """What was measured in some cases, beside the paper's figures."""
     passes = [case.passes for case in cases]
     metrics = list(dict.fromkeys(name for row in table.rows for name in row.metrics))
+    reference = table.reference(table.rows[0]).name.partition(" at ")[0]
     header = ["model", "params (M)", "paper", "FLOPs (G)", "paper"]
     for name in passes:
-        header += [f"{name} (images/s)", f"of {REFERENCE}'s", "paper"]
+        header += [f"{name} (images/s)", f"of {reference}'s", "paper"]
     header += [f"{name} (paper)" for name in metrics]
     rows = []
     for found in measured:
