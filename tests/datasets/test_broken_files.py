@@ -56,10 +56,16 @@ SMALL = {
         "model.test_cfg.rpn.max_per_img": 20,
         # An untrained detector is sure of nothing, and without boxes there are no metrics.
         "model.test_cfg.rcnn.score_thr": 0.0,
+        "train_dataloader.dataset.pipeline.2.scale": (96, 96),
+        "val_dataloader.dataset.pipeline.1.scale": (96, 96),
     },
     "mmseg": {
         "model.decode_head.in_channels": [16, 32, 64, 128],
         "model.auxiliary_head.in_channels": 64,
+        "model.data_preprocessor.size": (64, 64),
+        "train_dataloader.dataset.pipeline.2.scale": (96, 72),
+        "train_dataloader.dataset.pipeline.3.crop_size": (64, 64),
+        "val_dataloader.dataset.pipeline.1.scale": (96, 72),
     },
     "mmpretrain": {"model.head.in_channels": 128},
 }

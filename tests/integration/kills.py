@@ -33,20 +33,6 @@ FLOAT32 = """, rpn_head=dict(type="mmvmamba.Float32RPNHead"), roi_head=dict(
     bbox_roi_extractor=dict(type="mmvmamba.Float32RoIExtractor"),
     mask_roi_extractor=dict(type="mmvmamba.Float32RoIExtractor"),
 )"""
-# On a processor without instructions for bfloat16, convolutions take most of a step.
-SMALL_IMAGES = {
-    "mmdet": (
-        "train_dataloader.dataset.pipeline.2.scale=(64,64)",
-        "val_dataloader.dataset.pipeline.1.scale=(64,64)",
-    ),
-    "mmseg": (
-        "model.data_preprocessor.size=(64,64)",
-        "train_dataloader.dataset.pipeline.2.scale=(96,72)",
-        "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
-        "val_dataloader.dataset.pipeline.1.scale=(96,72)",
-    ),
-    "mmpretrain": (),
-}
 BY_EPOCH = "type='EpochBasedTrainLoop', max_epochs={}, val_interval=2"
 BY_ITER = "type='IterBasedTrainLoop', max_iters={}, val_interval=4"
 
@@ -89,7 +75,7 @@ class Training:
         self.arguments = [
             *(str(config), "--work-dir", str(self.work_dir)),
             *("--data-root", str(data / task.data), "--resume", "--cfg-options", *shrunk),
-            *SMALL_IMAGES[task.name],
+            *task.images,
         ]
 
     def start(self, cold: bool = False, **variables: str) -> subprocess.Popen:

@@ -14,6 +14,7 @@ from tiny import TASKS, run_python, scalars
 BUILDING, MIGRATE = "docs/building.md", "docs/migrate.md"
 NECK = (
     *TASKS["mmseg"].options,
+    *TASKS["mmseg"].images,
     "model.neck.in_channels=[16,32,64,128]",
     "model.neck.channels=16",
     "model.decode_head.in_channels=[16,16,16,16]",

@@ -20,6 +20,8 @@ class Task:
         config: The sample config, below configs/.
         data: The data set's folder, below the sample data.
         options: What shrinks the config, as values of `--cfg-options`.
+        images: What shrinks its images: they take most of a step, above all where the processor
+            has no instructions for bfloat16.
         metric: A metric that an evaluation must report.
         longer: The options that make the training twice as long.
         last: The last checkpoint's name.
@@ -29,6 +31,7 @@ class Task:
     config: str
     data: str
     options: tuple[str, ...]
+    images: tuple[str, ...]
     metric: str
     longer: tuple[str, ...]
     last: str
@@ -60,6 +63,11 @@ TASKS = {
             # An untrained detector is sure of nothing, and without boxes there are no metrics.
             "model.test_cfg.rcnn.score_thr=0.0",
         ),
+        (
+            "train_dataloader.dataset.pipeline.2.scale=(64,64)",
+            "val_dataloader.dataset.pipeline.1.scale=(64,64)",
+            "test_dataloader.dataset.pipeline.1.scale=(64,64)",
+        ),
         "coco/segm_mAP",
         ("train_cfg.max_epochs=2",),
         "epoch_1.pth",
@@ -76,6 +84,13 @@ TASKS = {
             "model.decode_head.in_channels=[16,32,64,128]",
             "model.auxiliary_head.in_channels=64",
         ),
+        (
+            "model.data_preprocessor.size=(64,64)",
+            "train_dataloader.dataset.pipeline.2.scale=(96,72)",
+            "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+            "val_dataloader.dataset.pipeline.1.scale=(96,72)",
+            "test_dataloader.dataset.pipeline.1.scale=(96,72)",
+        ),
         "mIoU",
         ("train_cfg.max_iters=4",),
         "iter_2.pth",
@@ -85,6 +100,7 @@ TASKS = {
         "sample/vmamba-sample_imagenet.py",
         "imagenet",
         (*COMMON, *EPOCH, "model.head.in_channels=128"),
+        (),
         "accuracy/top1",
         ("train_cfg.max_epochs=2",),
         "epoch_1.pth",
@@ -100,7 +116,7 @@ def command_line(task: Task, project: Path, sample_data: Path, work_dir: Path) -
         *("--work-dir", str(work_dir), "--data-root", str(sample_data / task.data)),
         # mmengine keeps a process's runs and visualizers by name, and hands out an old one where
         # the name is known.
-        *("--cfg-options", *task.options),
+        *("--cfg-options", *task.options, *task.images),
         *(f"experiment_name={run_name}", f"visualizer.name={run_name}"),
     ]
 
