@@ -13,10 +13,12 @@ TABLES = (
 )
 # Rows that say again what others do: table 1 is of the models of 6, and all of table 2 but NAT-T of
 # those of 7 and 8, of upstream's configs, or of other heads; S and B differ from T in depths and
-# widths, which table 3, 4 counts, and sizes between the smallest and the largest lie on one line.
+# widths, which table 3, 4 counts, peers in table 8 are those of 7 with its VMamba-T's heads, and
+# sizes between the smallest and the largest lie on one line.
 AGAIN = re.compile(
     r"table 1: .*|table 2, ADE20K: .*|table 2, COCO [^:]*: (?!NAT-T).*"
     r"|table [678]: .*-[SB](\[s2l15\])?|table 6: XCiT-[SM]24.*"
+    r"|table 8: (Vanilla-VMamba|Swin|ConvNeXt)-T|table 3, 4: Vanilla-VMamba-B"
     r"|table 9: (XCiT|HiViT).*|table 9: .* at (288|384|512|640)"
 )
 

@@ -53,7 +53,8 @@ ARCHS = {
 )
 def test_one_graph_without_breaks(name, with_cp):
     torch.manual_seed(0)
-    arch = {"dims": 8, "depths": [1, 1]} | ARCHS[name]
+    # A block is recomputed whatever comes after it.
+    arch = {"dims": 8, "depths": [1] if with_cp else [1, 1]} | ARCHS[name]
     model = VMamba(arch, drop_path_rate=0.0, with_cp=with_cp).train()
     function, counter = compiled(model, "aot_eager")
     # The same operations in another order of sums.
