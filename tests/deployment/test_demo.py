@@ -267,7 +267,7 @@ def test_a_classifiers_numbers_are_pythons(browser, classifier, tmp_path):
             path_name(path) for path in paths_of("cross2d")
         ]
         assert page.text("sum-caption").startswith(
-            "All paths, 12 × 12 positions. The brightest is "
+            "All paths, 12 \u00d7 12 positions. The brightest is "
         )
         assert not page.faults
 
