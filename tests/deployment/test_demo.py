@@ -315,18 +315,18 @@ def the_record(**changes) -> record.Record:
     return record.Record(**known | changes)
 
 
-def written(folder: Path, outputs: list, nodes: list, **changes) -> list[Path]:
+def written(folder: Path, kinds: list, nodes: list, **changes) -> list[Path]:
     """The files of a graph that takes images of any size.
 
     Args:
         folder: Where to write them.
-        outputs: Name and type of each.
+        kinds: Name and type of each result.
         nodes: What computes them of `images`.
         **changes: Of the record.
     """
     info = onnx.helper.make_tensor_value_info
     images = info("images", onnx.TensorProto.FLOAT, [1, 3, "height", "width"])
-    results = [info(name, kind, None) for name, kind in outputs]
+    results = [info(name, kind, None) for name, kind in kinds]
     graph = onnx.helper.make_graph(nodes, "model", [images], results)
     opsets = [onnx.helper.make_opsetid("", export.OPSET)]
     path = folder / "model.onnx"
@@ -370,9 +370,9 @@ def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
         onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
         for name, value in found.items()
     ]
-    outputs = [(node.output[0], node.attribute[0].t.data_type) for node in nodes]
+    kinds = [(node.output[0], node.attribute[0].t.data_type) for node in nodes]
     changes = {"task": "mmdet", "outputs": list(found), "batched": False}
-    page.open(*written(tmp_path, outputs, nodes, **changes))
+    page.open(*written(tmp_path, kinds, nodes, **changes))
     page.page.set_input_files("#picture-file", tmp_path / "picture.png")
     page.settle()
     assert page.text("results").splitlines() == ["house\t90.0 %", "sky\t50.0 %"]
