@@ -516,7 +516,8 @@ def test_whole_models_numbers_are_pythons(page, project, tmp_path, name):
         # Results that differ from each other.
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and "backbone" not in part:
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
+    meta = {"dataset_meta": {"classes": [f"class {i}" for i in range(1000)]}}
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, tmp_path / "model.pth")
     path = tmp_path / "model.onnx"
     given = export.export_model(cfg, str(tmp_path / "model.pth"), path, "onnx")
     scans.export_scans(cfg, str(tmp_path / "model.pth"), path, given)
