@@ -6,7 +6,9 @@ _base_ = [
     "mmpretrain::_base_/default_runtime.py",
 ]
 
-train_dataloader = dict(batch_size=120)
+train_dataloader = dict(
+    batch_size=120, sampler=dict(_delete_=True, type="RepeatAugSampler", shuffle=True)
+)
 optim_wrapper = dict(
     optimizer=dict(lr=4e-3),
     paramwise_cfg=dict(

@@ -7,6 +7,8 @@ _base_ = [
     "mmpretrain::_base_/default_runtime.py",
 ]
 
-train_dataloader = dict(batch_size=128)
+train_dataloader = dict(
+    batch_size=128, sampler=dict(_delete_=True, type="RepeatAugSampler", shuffle=True)
+)
 optim_wrapper = dict(optimizer=dict(weight_decay=0.03))
 custom_hooks = [dict(type="EMAHook", momentum=4e-5, priority="ABOVE_NORMAL")]

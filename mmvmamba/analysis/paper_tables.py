@@ -62,7 +62,7 @@ class Row:
     backbone: Mapping[str, object] = field(default_factory=dict)
     width: int | None = None
     tolerance: float = 0.01
-    expected: Mapping[str, float] | None = None
+    expected: Mapping[str, float | None] | None = None
     why: str = ""
 
     def load(self, size: tuple[int, int] | None = None) -> Config:

@@ -24,9 +24,13 @@ from mmvmamba.registry import MODELS
 
 CHECKPOINTING = "+cp"
 
-# What a classifier leaves to its head, and a backbone that stands alone does: its last map has
-# passed a norm, and is a map.
-BACKBONE_SETTINGS = {"outnorm": True, "gap_before_final_norm": False}
+# What makes a classifier's backbone one that stands alone, whose last output is a normalised map.
+BACKBONE_SETTINGS = {
+    "mmvmamba.NAT": {"outnorm": True},
+    "mmvmamba.S4NDConvNeXt": {"gap_before_final_norm": False},
+    "mmvmamba.S4NDViT": {"outnorm": True},
+    "mmvmamba.VisionMamba": {"out_type": "featmap"},
+}
 
 
 def find_subject(
@@ -114,9 +118,8 @@ def _build_by_name(name: str, size: tuple[int, int] | None, backbone_only: bool)
         cfg = load_config(f"{library}::{target}").model
         if size is not None and "img_size" in cfg.backbone:
             cfg.backbone.img_size = size
-        for setting, value in BACKBONE_SETTINGS.items() if backbone_only else ():
-            if setting in cfg.backbone:
-                cfg.backbone[setting] = value
+        if backbone_only:
+            cfg.backbone.update(BACKBONE_SETTINGS.get(cfg.backbone.type, {}))
         return _build_from_config("mmpretrain", cfg, backbone_only)
     kind = {"features_only": True} if backbone_only else {"num_classes": NUM_CLASSES}
     return build_of_timm(target, size, **kind)

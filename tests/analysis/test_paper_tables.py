@@ -136,8 +136,9 @@ def test_command_line(analysis_tool, tmp_path):
     assert len(rows) == 1
     assert "benchmark.py --device cpu --table 7" in page.read_text()
 
-    status, text = run("--table", "8", "--sizes", "32", *fast)
+    status, text = run("--table", "8", "--sizes", "32", "48", *fast)
     assert status == 0
+    assert text.count("(images/s)") == 1
     assert "VMamba-T" in text
     assert "Slow-T" not in text
 

@@ -292,7 +292,8 @@ def benchmark_table(options: argparse.Namespace) -> None:
                 f"--sizes: table {table.name} is measured at one size, or its rows are of {sizes}."
             )
         options.passes = given or list(table.passes)
-        options.sizes = shapes or [(None, rows[0].shape)]
+        # Each row's case gets its size from the row, where there are several.
+        options.sizes = shapes[:1] or [(None, rows[0].shape)]
         todo = cases(options)
         size = options.sizes[0][1] if wanted and not several else None
         if results is None:
