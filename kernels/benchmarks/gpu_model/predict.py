@@ -18,8 +18,6 @@ _MAPS = {
     "layer_norm_fwd_kernel": 1,
     "layer_norm_bwd_kernel": 3,
     "sum_buffers_kernel": 1,
-    # The maps of the raw gradient alone.
-    "low_rank_gradients_kernel": 0,
 }
 _BACKWARD_RATE = 3.6e12
 _BACKWARD_LAUNCH_MS = 0.004
@@ -29,7 +27,7 @@ def streaming_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     """A kernel that reads and writes whole bfloat16 maps, from its bytes."""
     maps = _MAPS[launch.name]
     maps += launch.integers.get("parts", 0) + launch.integers.get("store_total", 0)
-    maps += launch.options.get("COUNT", 0) + launch.integers.get("directions", 0)
+    maps += launch.options.get("COUNT", 0)
     backward = launch.name == "layer_norm_bwd_kernel"
     seconds = math.prod(shape) * 2 * maps / (_BACKWARD_RATE if backward else COPY_RATE)
     return Prediction(seconds * 1e3 + (_BACKWARD_LAUNCH_MS if backward else LAUNCH_MS), 0.0, 0)
@@ -38,6 +36,8 @@ def streaming_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
 def main_steps(launch: Launch) -> int:
     """Iterations of a scan kernel's main loop in one program."""
     sizes, options = launch.integers, launch.options
+    if launch.name == "low_rank_gradients_kernel":
+        return math.ceil(sizes["channels"] / options["BLOCK_D"])
     if launch.name == "selective_scan_carry_kernel":
         return math.ceil(sizes["chunks"] / options["UNROLL"])
     return math.ceil(min(sizes["chunk"], sizes["length"]) / options["GROUP"])
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shape", type=parse_shape, action="append", help="B,H,W,D; may repeat")
     parser.add_argument("--states", type=int, default=1)
     parser.add_argument("--pattern", default=PATTERN, help="of four directions")
-    parser.add_argument("--save", type=Path, help="JSON file, for gpu_check.py")
+    parser.add_argument("--save", type=Path, help="JSON file, for the acceptance run")
     args = parser.parse_args(argv)
     table = {}
     print("predicted, not measured; ms on an H200, bf16, without matrix products and small sums")

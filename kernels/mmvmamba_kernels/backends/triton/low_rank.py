@@ -10,8 +10,8 @@ from torch import Tensor
 from mmvmamba_kernels.arguments import ceil_div
 from mmvmamba_kernels.backends.triton.support import interpreting, on_device
 
-_ROWS = 256
-"""Positions of a program: as many as keep the partial sums small beside what they are sums of."""
+_ROWS = 128
+"""Positions of a program: more take too many registers, fewer leave more partial sums."""
 
 _RANKS = 16
 """Columns of a program, the fewest that a matrix product has on tensor cores."""

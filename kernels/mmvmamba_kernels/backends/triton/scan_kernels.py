@@ -30,6 +30,7 @@ _SIZES = (
     "chunks",
     "blocks",
     "turns",
+    "directions",
     "backwards",
     "stride_y_k",
     "stride_delta_k",
@@ -1033,6 +1034,7 @@ def selective_scan_fwd_kernel(
     chunks,
     blocks,
     turns,
+    directions,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1069,7 +1071,7 @@ def selective_scan_fwd_kernel(
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
     MAPS: tl.constexpr = 1 + (R == 0) + ACCUMULATE
-    block, k, c, s = _program(blocks, K, chunks)
+    block, k, c, s = _program(blocks, directions, chunks)
     t0 = c * chunk
     count, groups, _final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, path = _path(
@@ -1461,6 +1463,7 @@ def selective_scan_bwd_kernel(
     chunks,
     blocks,
     turns,
+    directions,
     stride,
     stride_u_k,
     stride_delta_k,
@@ -1510,7 +1513,7 @@ def selective_scan_bwd_kernel(
     MAPS: tl.constexpr = 2 + (R == 0) + ACCUMULATE
     GRADS: tl.constexpr = GROUP * (2 if R == 0 else 1)
     PARTS: tl.constexpr = GRADS + GROUP
-    block, k, c, s = _program(blocks, K, chunks)
+    block, k, c, s = _program(blocks, directions, chunks)
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     base, position, within, path = _path(
