@@ -1,6 +1,7 @@
 """The model of GPU times: it gives what it was calibrated to, and it knows the kernels."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_the_calibration_is_what_the_readme_says(shape, model):
     assert predicted == pytest.approx(TABLE[shape], abs=6e-4)
     row = f"| {', '.join(map(str, shape))} | {TABLE[shape]:.3f} |"
     assert row in (FOLDER / "gpu_model" / "README.md").read_text()
+
+
+def test_the_saved_predictions_are_what_the_readme_says(model):
+    saved = json.loads((FOLDER / "gpu_model" / "predictions.json").read_text())
+    assert set(saved) == {",".join(map(str, shape)) for shape in model("record").SHAPES}
+    readme = (FOLDER.parent / "README.md").read_text()
+    for shape, phases in saved.items():
+        times = [phases[phase] for phase in model("record").PHASES]
+        row = " | ".join([shape.replace(",", ", "), *(f"{ms:.3f}" for ms in times)])
+        assert f"| {row} |" in readme
 
 
 WALKS = [
