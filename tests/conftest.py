@@ -26,12 +26,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput") and [Path(each).resolve() for each in config.args] == [
-        PROJECT / "tests"
-    ]:
-        import warm
-
-        warm.fork_servers()
     if config.getoption("--changed") is None:
         return
     try:

@@ -3,8 +3,6 @@
 A command of the project takes ten seconds of CPU for its imports, and often less than one for its
 work. Here `Popen` and `run` are `subprocess`'s own, but a program of this Python starts as a copy
 of a server that has imported the packages of other projects, never mmvmamba, and has no threads.
-Servers are started when a test first needs them. A worker of the whole suite is one itself until it
-collects its tests, which need the same packages: there they are forks of it.
 All else is a program's own: its parent, which is this process, standard streams, directory,
 environment, arguments and random numbers. What such a process does not show: imports that only work
 in one order, and orders that depend on the hashes of strings, which those of one server share. Some
@@ -13,9 +11,7 @@ tests of each kind start real ones for that, with `cold=True`.
 
 import atexit
 import ctypes
-import faulthandler
 import functools
-import gc
 import json
 import os
 import runpy
@@ -25,9 +21,6 @@ import sys
 import tempfile
 import threading
 import traceback
-import types
-import warnings
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -74,28 +67,9 @@ class Server:
         return int(answer)
 
 
-def fork_servers() -> None:
-    """Makes both servers forks of this process, which has imported none of the packages yet."""
-    for tasks in (False, True):
-        _import(TASKS if tasks else LIBRARIES)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if os.fork() == 0:
-            ours.close()
-            for other in _forked.values():
-                other.connection.close()
-            _serve_as_a_process_of_its_own(theirs)
-        theirs.close()
-        _forked[tasks] = Server(ours)
-
-
-_forked: dict[bool, Server] = {}
-
-
 @functools.cache
 def server(tasks: bool) -> Server:
     """The process that has imported the libraries, or a fork of it that has the tasks' too."""
-    if tasks in _forked:
-        return _forked[tasks]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-c", MAIN, *(TASKS if tasks else LIBRARIES)]
     start = functools.partial(Popen, tasks=False) if tasks else subprocess.Popen
@@ -210,54 +184,23 @@ def run(
 
 def main() -> None:
     """Imports what the command line names, and forks programs until nobody asks any more."""
-    _import(sys.argv[1:])
-    _prepare()
-    serve(socket.socket(fileno=os.dup(0)))
+    import gc
+    import warnings
 
-
-def _import(names: Iterable[str]) -> None:
     # Modules are not garbage, and looking for it among them takes a tenth of their imports' time.
     gc.disable()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "pkg_resources")
-        for name in names:
+        for name in sys.argv[1:]:
             import_module(name)
-    gc.enable()
-
-
-def _prepare() -> None:
-    if "quick" in sys.modules:
-        sys.modules["quick"].quicken()
-        sys.modules["quick"].read_upstreams_configs()
+        if "quick" in sys.modules:
+            sys.modules["quick"].quicken()
+            sys.modules["quick"].read_upstreams_configs()
     # Programs share the memory of what they do not change.
     gc.collect()
     gc.freeze()
-
-
-def _serve_as_a_process_of_its_own(connection: socket.socket) -> None:
-    """Gives a fork of a process that runs tests what a new one has, and serves; never returns."""
-    line = [sys.executable, "-c", "import sys; print(*sys.path, sep='\\n')"]
-    found = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    sys.path[:] = ["", str(HERE), *found.splitlines()[1:]]
-    sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_pytest")]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    faulthandler.disable()
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = os.fdopen(number, "w" if number else "r", closefd=False)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
-    sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)
-    _prepare()
-    code = 1
-    try:
-        serve(connection)
-        os._exit(0)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception:  # noqa: BLE001 (whatever it is)
-        traceback.print_exc()
-    # As Python ends, but not through the tests' frames.
-    ctypes.pythonapi.Py_Exit(code)
+    gc.enable()
+    serve(socket.socket(fileno=os.dup(0)))
 
 
 def serve(connection: socket.socket) -> None:
