@@ -281,7 +281,7 @@ class Machine:
             copy(source, folder / part)
         native = "kernels/mmvmamba_kernels/backends/native"
         shutil.copytree(self.project / native / "csrc", folder / native / "csrc")
-        shutil.copy(self.project / native / "build.py", folder / native)
+        shutil.copy(self.project / native / "compiler.py", folder / native)
         for link in ("configs", "tools"):
             (folder / "mmvmamba/.mim" / link).mkdir(parents=True)
         return folder
