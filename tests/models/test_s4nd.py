@@ -218,3 +218,9 @@ def test_vit_sees_its_patches_as_one_sequence():
     (gradient,) = torch.autograd.grad(out[0, :, 0, 3].square().sum(), images)
     assert gradient[..., 8:, :8].any()
     assert golden.relative_error(model(images)[0], out) == 0
+
+
+def test_the_memory_format_of_the_weights_changes_nothing():
+    mixer, x = S4ND(4), torch.randn(1, 4, 5, 6)
+    expected = mixer(x)
+    assert torch.equal(mixer.to(memory_format=torch.channels_last)(x), expected)

@@ -97,10 +97,12 @@ class S4DKernel(KeepsFloat32):
         dt = self.inv_dt.exp()
         sets = len(dt) // len(self.A_real)
         a = torch.complex(-self.A_real.exp(), -self.A_imag).repeat(sets, 1)
-        b = torch.view_as_complex(self.B).repeat(1, sets, 1)
+        # A model in the channels_last memory format has these four dimensions in another order.
+        b, c = (torch.view_as_complex(x.contiguous()) for x in (self.B, self.C))
+        b = b.repeat(1, sets, 1)
         # Zero-order hold.
         steps = dt * a
-        weights = b * torch.view_as_complex(self.C) * (steps.exp() - 1) / a
+        weights = b * c * (steps.exp() - 1) / a
         positions = torch.arange(length, device=dt.device, dtype=dt.dtype)
         # The other of each conjugate pair adds the conjugate.
         return 2 * torch.einsum("chn,hnl->chl", weights, (steps[..., None] * positions).exp()).real
