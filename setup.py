@@ -36,13 +36,13 @@ def build_kernels(folder: Path) -> None:
     if WITH_EXT not in ("1", "cpu"):
         raise SystemExit(f"MMVMAMBA_WITH_EXT must be 0, 1 or cpu, got {WITH_EXT!r}")
     folder.mkdir(parents=True, exist_ok=True)
+    # First, since what it lacks most often, nvcc, is known at once.
+    if WITH_EXT == "1":
+        _build_cuda(folder)
     compiler = _load_compiler()
     try:
-        # First, since what it lacks most often, nvcc, is known at once.
-        if WITH_EXT == "1":
-            _build_cuda(folder)
         compiler.compile_library(folder)
-    except RuntimeError as error:
+    except compiler.BuildError as error:
         raise SystemExit(f"cannot build the compiled kernels: {error}") from error
 
 

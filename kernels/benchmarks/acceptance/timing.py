@@ -78,7 +78,9 @@ class Core:
 
 
 def modelled(shape: str) -> list[float | None]:
-    """What the model of GPU times says of a forward pass, and of both passes; without products."""
+    """What the model of GPU times says of a forward pass, and of both passes. Products are left
+    out but for those of the low rank's gradient.
+    """
     if not _MODELLED.exists():
         return [None, None]
     found = json.loads(_MODELLED.read_text()).get(shape, {})

@@ -153,7 +153,7 @@ def backward(
     Returns:
         The gradients of coefficients, weight, bias and A, and that of each direction's D, (D,).
     """
-    params, kept = _describe(scan, carries)
+    params, _kept = _describe(scan, carries)
     batch, positions, channels = scan.x.shape
     directions, states = len(scan.A), scan.A.shape[2]
     rank, padded, padded_rank = params.rank, params.padded_channels, params.padded_rank
@@ -163,7 +163,6 @@ def backward(
     groups = min(max(_WAVE_TASKS // slots, 1), blocks)
     parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
     partial = scan.x.new_empty((groups, slots, positions, directions, padded_rank + 2 * states))
-    kept += (by_channel, parameters, partial)
     params.grad_out, params.grad_x = _map(grad_out), _map(grad_x)
     if grad_delta is not None:
         params.grad_delta = _map(grad_delta)

@@ -20,6 +20,11 @@ constexpr int kLanes = 16;
 // Ranks that are computed together in their gradient; padded likewise.
 constexpr int kRankLanes = 8;
 
+// Bits of a path's code, which callers give a path as.
+constexpr int64_t kColumnMajor = 1;
+constexpr int64_t kReverse = 2;
+constexpr int64_t kPerLine = 4;
+
 // One direction's order of positions: `sequences` paths of `length` positions each. Position i of
 // sequence s, counted from the front, is s * sequence_stride + (i / inner) * outer_stride +
 // (i % inner) * inner_stride; or list[i], where there is a list.

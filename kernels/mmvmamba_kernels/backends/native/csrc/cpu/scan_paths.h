@@ -5,11 +5,6 @@
 
 namespace mmvmamba {
 
-// Bits of a path's code.
-constexpr int64_t kColumnMajor = 1;
-constexpr int64_t kReverse = 2;
-constexpr int64_t kPerLine = 4;
-
 inline int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }

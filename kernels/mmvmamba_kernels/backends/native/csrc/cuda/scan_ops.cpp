@@ -27,11 +27,6 @@ namespace {
 
 using at::Tensor;
 
-// Bits of a path's code.
-constexpr int64_t kColumnMajor = 1;
-constexpr int64_t kReverse = 2;
-constexpr int64_t kPerLine = 4;
-
 // Warps of a multiprocessor: with fewer than `enough`, paths are cut into chunks, although that
 // computes every step size twice; `full` is what they are cut for.
 struct Warps {
