@@ -41,7 +41,7 @@ def killed(project, sample_data, folder, never_killed, name, processes, kills, s
 
 
 # Of classification, other tests use the training too.
-@pytest.mark.parametrize(("name", "steps"), [("mmdet", 6), ("mmpretrain", STEPS), ("mmseg", 6)])
+@pytest.mark.parametrize(("name", "steps"), [("mmdet", 4), ("mmpretrain", STEPS), ("mmseg", 4)])
 def test_a_killed_training_ends_as_if_it_had_not_been(
     project, sample_data, tmp_path, never_killed, name, steps
 ):

@@ -132,8 +132,8 @@ def test_triton_compiles_no_kernel_for_a_size_of_images(monkeypatch):
     counts = []
     random.seed(0)
     for _ in range(2):
-        for _ in range(100):
-            image = torch.randn(1, 3, random.randint(32, 256), random.randint(32, 256))
+        for _ in range(60):
+            image = torch.randn(1, 3, random.randint(32, 160), random.randint(32, 160))
             sum(out.sum() for out in model(image)).backward()
         counts.append(
             {
@@ -143,7 +143,7 @@ def test_triton_compiles_no_kernel_for_a_size_of_images(monkeypatch):
         )
     assert counts[0]
     for name, (constants, variants) in counts[1].items():
-        # Constants come from the model, and not one more from a hundred further sizes.
+        # Constants come from the model, and not one more from sixty further sizes.
         assert constants == counts[0][name][0], name
         # Numbers are compiled for being 1, a multiple of 16, or neither.
         assert variants <= 16 * constants, name
@@ -158,14 +158,17 @@ def specialisation(argument) -> str:
     return type(argument).__name__
 
 
-def test_torch_compiles_a_bounded_number_of_graphs():
+def test_torch_compiles_no_graph_for_a_size_of_images():
+    """The first sizes show what changes; then graphs are for any size."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     model = VMamba({"dims": 8, "depths": [1]}, drop_path_rate=0.0)
     model.compile(backend=counter)
     random.seed(0)
-    for _ in range(30):
-        image = torch.randn(1, 3, 4 * random.randint(8, 64), 4 * random.randint(8, 64))
+    counts = []
+    for _ in range(8):
+        image = torch.randn(1, 3, 4 * random.randint(8, 32), 4 * random.randint(8, 32))
         sum(out.sum() for out in model(image)).backward()
-    assert 1 <= counter.frame_count <= torch._dynamo.config.recompile_limit
+        counts.append(counter.frame_count)
+    assert 1 <= counts[3] == counts[-1]
     torch._dynamo.reset()

@@ -57,7 +57,7 @@ def test_upstreams_own_train_tool_runs_a_config_with_our_backbone(runner, sample
     ours = "runner_type = 'mmvmamba.StrictRunner'\n" if runner == "ours" else ""
     (tmp_path / "toy.py").write_text(TOY.format(root=f"{sample_data}/coco/") + ours)
     tool = Path(find_spec("mmdet").origin).parent / ".mim/tools/train.py"
-    done = run_python(tool, "toy.py", "--work-dir", "out", cwd=tmp_path, cold=runner == "ours")
+    done = run_python(tool, "toy.py", "--work-dir", "out", cwd=tmp_path)
     assert (tmp_path / "out/epoch_1.pth").is_file()
     assert ("StopOnInvalidLoss" in done.stdout) == bool(ours)
 
