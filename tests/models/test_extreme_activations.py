@@ -142,9 +142,10 @@ PAIRS = [
 
 # Of every place two mixers, one for each pair of types; every mixer has half of the places.
 SHORT = [
-    (MIXERS[(number - pair) % len(MIXERS)], place, PAIRS[pair])
+    pytest.param(case, place, PAIRS[pair], id=f"{case}-{place}")
     for number, place in enumerate(PLACES)
     for pair in (0, 1)
+    for case in [MIXERS[(number - pair + 2) % len(MIXERS)]]
 ]
 
 
