@@ -5,6 +5,7 @@ Processes that are started cold do it all.
 
 import functools
 import re
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -48,4 +49,6 @@ def read_upstreams_configs() -> None:
     """Reads what the sample configs inherit from other projects, for forks of this process."""
     for sample in (PROJECT / "configs/sample").glob("*.py"):
         for name in re.findall(r'"((?:mmdet|mmseg|mmpretrain)::[^"]+)"', sample.read_text()):
-            Config.fromfile(Config._get_cfg_path(name, "")[0])
+            # OneDL's mmengine does not find OneDL's packages before mmvmamba is imported.
+            with suppress(ModuleNotFoundError):
+                Config.fromfile(Config._get_cfg_path(name, "")[0])

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,24 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         torch.set_num_threads(before)
     for a, b in zip(actual, expected, strict=True):
         assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize(("batch", "divided"), [(1, True), (2, True), (3, False)])
+def test_gradients_of_few_channels_are_divided_by_directions(batch, divided, monkeypatch):
+    library, seen = extension.library(), []
+
+    def backward(params, *how):
+        seen.append(params._obj.sum_direction_stride)
+        return library.mmvmamba_scan_backward(params, *how)
+
+    spy = SimpleNamespace(
+        mmvmamba_scan_forward=library.mmvmamba_scan_forward,
+        mmvmamba_scan_backward=backward,
+        mmvmamba_make_path=library.mmvmamba_make_path,
+    )
+    monkeypatch.setattr(extension, "library", lambda: spy)
+    output_and_gradients(scan_2d, arguments_2d((batch, 3, 4, 96, 6, 1)))
+    assert [stride > 0 for stride in seen] == [divided]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -63,7 +63,7 @@ class _Params(ctypes.Structure):
         ("x", _Map),
         ("delta", _Map),
         ("out", _Map),
-        ("out_direction_stride", c_int64),
+        ("sum_direction_stride", c_int64),
         ("coefficients", c_void_p),
         ("coefficients_image_stride", c_int64),
         ("coefficients_position_stride", c_int64),
@@ -136,13 +136,10 @@ def forward(scan: Scan, out: Tensor, carries: Tensor | None) -> None:
         # Threads would be idle: each direction has a map of its own. They are added in the order
         # of the directions, so that bits do not depend on the number of threads.
         parts = out.new_empty((directions, *out.shape))
-        params.out_direction_stride = parts.stride(0)
+        params.sum_direction_stride = parts.stride(0)
     params.out = _map(parts[0])
     extension.library().mmvmamba_scan_forward(*_how(params, scan.x, threads), c_int64(batch))
-    if len(parts) > 1:
-        torch.add(parts[0], parts[1], out=out)
-        for part in parts[2:]:
-            out.add_(part)
+    _sum_into(out, parts)
 
 
 def backward(
@@ -163,7 +160,13 @@ def backward(
     groups = min(max(_WAVE_TASKS // slots, 1), blocks)
     parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
     partial = scan.x.new_empty((groups, slots, positions, directions, padded_rank + 2 * states))
-    params.grad_out, params.grad_x = _map(grad_out), _map(grad_x)
+    parts = grad_x[None]
+    if directions > 1 and slots * groups < _WAVE_TASKS // 2:
+        # Too few tasks for many threads: each direction has a map of its own. However many threads
+        # there are, because what is added to a map is rounded otherwise than a map's sum.
+        parts = grad_x.new_empty((directions, *grad_x.shape))
+        params.sum_direction_stride = parts.stride(0)
+    params.grad_out, params.grad_x = _map(grad_out), _map(parts[0])
     if grad_delta is not None:
         params.grad_delta = _map(grad_delta)
     params.weight_by_channel = by_channel.data_ptr()
@@ -186,6 +189,7 @@ def backward(
         target[..., :rank] = total[..., :rank]
         target[..., rank:] = total[..., padded_rank:]
 
+    _sum_into(grad_x, parts)
     total = _sum_in_place(parameters)[:, :channels]
     of_direction = total[:-1].unflatten(0, (directions, rows))
     return (
@@ -274,6 +278,14 @@ def _sum_in_place(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _sum_into(out: Tensor, parts: Tensor) -> None:
+    """Adds the directions' maps up, from the first to the last, if they are others than `out`."""
+    if len(parts) > 1:
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out.add_(part)
 
 
 def _paths(scan: Scan) -> ctypes.Array:

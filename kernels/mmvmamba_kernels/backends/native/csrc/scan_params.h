@@ -64,8 +64,9 @@ struct ScanParams {
   Map x;
   Map delta;  // No data where step sizes come from the low rank alone.
   Map out;
-  // From the map that one direction is summed into to the next one's; 0 if all have one map.
-  int64_t out_direction_stride;
+  // From the map that one direction is summed into (out, grad_x) to the next one's; 0 if all have
+  // one map.
+  int64_t sum_direction_stride;
 
   // (B, P, K, R + 2N): the low rank, B and C of every direction.
   const T* coefficients;

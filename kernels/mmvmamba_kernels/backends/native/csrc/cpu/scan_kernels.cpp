@@ -133,7 +133,7 @@ struct Direction {
 template <typename T>
 void forward(const ScanParams<T>& p, int64_t image, int64_t block, int begin, int end) {
   typename ScanParams<T>::Map out = p.out;
-  out.data += begin * p.out_direction_stride;
+  out.data += begin * p.sum_direction_stride;
   {
     const Direction<T> any(p, image, block, 0);
     const Lanes<T> skip = any.parameter(p.skip, 0, 0), none(T(0));
@@ -216,12 +216,14 @@ inline void grad_low_rank_rows(const Lanes<T>* grad_raw, const T* weight, int64_
   for (int j = 0; j < kCount; ++j) total[j].store(target[j] + r);
 }
 
-// The backward pass of one block of channels.
+// The backward pass of one block of channels, in the directions [begin, end).
 template <typename T>
 struct Backward {
   const ScanParams<T>& p;
-  T* grad_parameters;    // This slot's.
-  T* grad_coefficients;  // This group's and image's.
+  int begin, end;
+  typename ScanParams<T>::Map grad_x;  // What these directions are summed into.
+  T* grad_parameters;                  // This slot's.
+  T* grad_coefficients;                // This group's and image's.
 
   Tile<T> tile;
   Lanes<T> slope[kTile];
@@ -234,12 +236,25 @@ struct Backward {
   Lanes<T, kSums> grad_b[kTile], grad_c[kTile];  // Sums over the lanes are left to do.
   T* target[kTile];  // Where the gradients of the rows [low rank | B | C] go.
 
-  Backward(const ScanParams<T>& params, T* grad_parameters_, T* grad_coefficients_)
-      : p(params), grad_parameters(grad_parameters_), grad_coefficients(grad_coefficients_) {}
+  Backward(const ScanParams<T>& params, int64_t slot, int64_t group, int begin_, int end_)
+      : p(params),
+        begin(begin_),
+        end(end_),
+        grad_x(params.grad_x),
+        grad_parameters(params.grad_parameters + slot * params.grad_parameters_slot_stride),
+        grad_coefficients(params.grad_coefficients + group * params.grad_coefficients_group_stride +
+                          slot * params.grad_coefficients_image_stride) {
+    grad_x.data += begin * params.sum_direction_stride;
+  }
 
   void run(int64_t image, int64_t block) {
-    skip(Direction<T>(p, image, block, 0));
-    for (int k = 0; k < p.directions; ++k) {
+    const Direction<T> any(p, image, block, 0);
+    if (begin == 0) {
+      skip(any);
+    } else {
+      for (int64_t i = 0; i < p.positions; ++i) any.store(Lanes<T>(T(0)), grad_x, i);
+    }
+    for (int k = begin; k < end; ++k) {
       const Direction<T> direction(p, image, block, k);
       const Path& path = direction.path();
       for (int64_t s = 0; s < path.sequences; ++s) {
@@ -269,7 +284,7 @@ struct Backward {
     for (int64_t i = 0; i < p.positions; ++i) {
       const Lanes<T> grad = any.load(p.grad_out, i);
       total += grad * any.load(p.x, i);
-      any.store(weight * grad, p.grad_x, i);
+      any.store(weight * grad, grad_x, i);
     }
     // After the rows of all directions.
     const int64_t row = p.directions * (p.rank + 1 + p.states);
@@ -277,7 +292,7 @@ struct Backward {
   }
 
   void prepare(const Direction<T>& direction, int64_t s, int64_t index) {
-    direction.locate(s, index, p.grad_x, tile);
+    direction.locate(s, index, grad_x, tile);
     direction.raw_steps(tile);
     for (int t = 0; t < tile.count; ++t) {
       if (p.softplus) {
@@ -336,7 +351,7 @@ struct Backward {
     for (int t = 0; t < tile.count; ++t) {
       const int64_t position = tile.position[t];
       grad_delta[t] += grad_drive[t] * direction.load(p.x, position);
-      direction.add(grad_drive[t] * tile.delta[t], p.grad_x, position);
+      direction.add(grad_drive[t] * tile.delta[t], grad_x, position);
       if (p.softplus) grad_raw[t] *= slope[t];
       grad_bias += grad_raw[t];
       if (p.grad_delta.data) direction.store(grad_raw[t], p.grad_delta, position);
@@ -366,10 +381,8 @@ struct Backward {
 
 template <typename T>
 void backward(const ScanParams<T>& p, int64_t image, int64_t slot, int64_t group, int64_t first,
-              int64_t last) {
-  Backward<T> pass(p, p.grad_parameters + slot * p.grad_parameters_slot_stride,
-                   p.grad_coefficients + group * p.grad_coefficients_group_stride +
-                       slot * p.grad_coefficients_image_stride);
+              int64_t last, int begin, int end) {
+  Backward<T> pass(p, slot, group, begin, end);
   for (int64_t block = first; block < last; ++block) pass.run(image, block);
 }
 

@@ -11,10 +11,10 @@ struct ScanKernels {
   // connection comes with the first.
   void (*forward)(const ScanParams<T>& params, int64_t image, int64_t block, int begin, int end);
 
-  // The gradients of the blocks [first, last) of one image. `slot` and `group` say where its parts
-  // of the parameters' and the coefficients' gradients go.
+  // The gradients of the blocks [first, last) of one image, in the directions [begin, end). `slot`
+  // and `group` say where its parts of the parameters' and the coefficients' gradients go.
   void (*backward)(const ScanParams<T>& params, int64_t image, int64_t slot, int64_t group,
-                   int64_t first, int64_t last);
+                   int64_t first, int64_t last, int begin, int end);
 };
 
 struct CpuKernels {

@@ -1,8 +1,8 @@
 // The scan's C interface: the division into tasks. No type of PyTorch's crosses it, so one library
 // serves every PyTorch.
 //
-// Tasks are (image, group of channel blocks), however many threads there are: sums have one order,
-// and results are the same, bit for bit, at every run and every number of threads.
+// Tasks are (directions, image, group of channel blocks), however many threads there are: sums have
+// one order, and results are the same, bit for bit, at every run and every number of threads.
 
 #include "scan_kernels.h"
 #include "scan_paths.h"
@@ -22,29 +22,35 @@ const CpuKernels& kernels(int instruction_set) {
   return kKernelsBaseline;
 }
 
+// Calls work(image, group, begin, end) for all images and groups, and for all directions at once,
+// or for each where each has a map of its own.
+template <typename T, typename Work>
+void divide(const ScanParams<T>& p, int64_t images, int64_t groups, int threads, Work work) {
+  const int step = p.sum_direction_stride ? 1 : p.directions;
+  const int64_t tasks = images * groups;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t task = 0; task < p.directions / step * tasks; ++task) {
+    const int begin = static_cast<int>(task / tasks) * step;
+    work(task % tasks / groups, task % groups, begin, begin + step);
+  }
+}
+
 template <typename T>
 void forward(const ScanKernels<T>& kernels, const void* params, int64_t images, int threads) {
   const ScanParams<T>& p = *static_cast<const ScanParams<T>*>(params);
-  const int parts = p.out_direction_stride ? p.directions : 1;
-  const int64_t tasks = images * p.blocks();
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < parts * tasks; ++task) {
-    const int first = static_cast<int>(task / tasks);
-    kernels.forward(p, task % tasks / p.blocks(), task % p.blocks(), first,
-                    parts > 1 ? first + 1 : p.directions);
-  }
+  divide(p, images, p.blocks(), threads, [&](int64_t image, int64_t block, int begin, int end) {
+    kernels.forward(p, image, block, begin, end);
+  });
 }
 
 template <typename T>
 void backward(const ScanKernels<T>& kernels, const void* params, int64_t first, int64_t images,
               int64_t groups, int threads) {
   const ScanParams<T>& p = *static_cast<const ScanParams<T>*>(params);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < images * groups; ++task) {
-    const int64_t slot = task / groups, group = task % groups;
+  divide(p, images, groups, threads, [&](int64_t slot, int64_t group, int begin, int end) {
     kernels.backward(p, first + slot, slot, group, group * p.blocks() / groups,
-                     (group + 1) * p.blocks() / groups);
-  }
+                     (group + 1) * p.blocks() / groups, begin, end);
+  });
 }
 
 }  // namespace
