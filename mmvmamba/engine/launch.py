@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ChildFailedError as error:
         _, machines = torchrun.parse_min_max_nnodes(options.nnodes)
         reason = agent.describe(error.failures, processes * machines)
-        sys.exit(f"error: {reason}; its own message, if it left one, stands above.")
+        sys.exit(f"error: {reason.rstrip('.')}. Its own output is above.")
     except agent.JobEndedError as error:
         sys.exit(f"error: {error}")
     except (RendezvousError, distributed.DistError) as error:
