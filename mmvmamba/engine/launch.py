@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         reason = error.__cause__ or error
         sys.exit(f"error: the machines did not meet, or one has left: {reason}")
     except SignalException as error:
-        sys.exit(f"interrupted ({error.sigval.name}); --resume goes on from the last checkpoint.")
+        sys.exit(f"interrupted ({error.sigval.name}); --resume continues from the last checkpoint.")
 
 
 def _prepare_restarts(options: argparse.Namespace) -> None:
