@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="python -m mmvmamba.demo",
         description="Show an exported model in the browser, which runs it: classes, labels or "
-        "boxes, and what one position of a picture takes from the others.",
+        "boxes, and how much each position contributes to a clicked one.",
     )
     parser.add_argument(
         "model",

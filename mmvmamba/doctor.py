@@ -313,7 +313,9 @@ def check_kernels() -> Iterator[Finding]:
                 command = f"unset {dispatch.ENVIRONMENT_VARIABLE}"
                 yield Finding(check, "error", "", _first_line(error), command)
                 continue
-            found = "; ".join([choice.name + (" (asked for)" if asked else ""), *reasons])
+            # That the CPU has no Triton needs no word; what it lacks beside has its own finding.
+            why = [] if device == "cpu" else reasons
+            found = "; ".join([choice.name + (" (asked for)" if asked else ""), *why])
             if choice.slow and not asked and device != "cpu":
                 text = "plain PyTorch operations, slow on a GPU"
                 yield Finding(check, "warning", found, text, "pip install triton")
@@ -458,10 +460,10 @@ def report(findings: Sequence[Finding], console: Console) -> None:
                     highlight=False,
                 )
     counts = {status: sum(f.status == status for f in findings) for status in STYLES}
-    verdict = "[red]not well[/]" if counts["error"] else "[green]well[/]"
+    verdict = "[red]does not work[/]" if counts["error"] else "[green]works[/]"
     console.print(
-        f"{verdict}: {counts['error']} errors, {counts['warning']} warnings (slow, or not "
-        f"everywhere), {counts['ok']} ok, {counts['skipped']} skipped",
+        f"The installation {verdict}: {counts['error']} errors, {counts['warning']} warnings "
+        f"(it works, but slower or in part), {counts['ok']} ok, {counts['skipped']} skipped",
         highlight=False,
     )
 

@@ -17,6 +17,9 @@ from mmvmamba.analysis.throughput import Result
 from mmvmamba.compat import stack_version
 from mmvmamba.engine.errors import UsageError
 
+# On a quiet machine the 80th percentile is about a tenth above the 20th (docs/performance.md).
+WIDE = 1.25
+
 
 @dataclass(frozen=True)
 class Table:
@@ -73,8 +76,18 @@ def throughput_table(results: Sequence[Result]) -> Table:
             )
         peak = ("-" if result.peak_gb is None else f"{result.peak_gb:.2f}",) * memory
         rows.append((result.model, millions, *cells, *peak))
-    return Table(
-        str(results[0].case), header + ("peak GB",) * memory, tuple(rows), _failures(results)
+    notes = _failures(results) + _doubts(results)
+    return Table(str(results[0].case), header + ("peak GB",) * memory, tuple(rows), notes)
+
+
+def _doubts(results: Sequence[Result]) -> tuple[str, ...]:
+    """Whose times vary too much to be compared, as on a machine that does something else too."""
+    wide = [r.model for r in results if not r.failure and r.p80 > WIDE * r.p20]
+    if not wide:
+        return ()
+    return (
+        f"Times of {', '.join(wide)} vary by more than {WIDE - 1:.0%} (p20 to p80): do other "
+        "programs use the machine? Do not compare models before a run without such a warning.",
     )
 
 

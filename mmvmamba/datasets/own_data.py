@@ -220,6 +220,8 @@ def read_labelme(source: Path, ignore: Sequence[str]) -> list[Labelled]:
     found = []
     for file in _tracked(files, "reading"):
         content = _read_json(file)
+        if {"images", "annotations"} <= content.keys():
+            raise DataError(f"{file} is a COCO file: name it in place of the folder {source}.")
         if not isinstance(content.get("shapes"), list):
             raise DataError(
                 f"{file} is not a labelme file: it has no 'shapes'. Move it out of {source}, "
@@ -391,8 +393,16 @@ def _read_coco(file: Path, content: dict, options: Options) -> tuple[dict, dict[
     classes = _order_classes({one["name"]: file for one in categories}, options)
     if options.classes is not None:
         categories.sort(key=lambda one: classes.index(one["name"]))
-    ids = {one["id"] for one in categories}
-    annotations = [one for one in content["annotations"] if one["category_id"] in ids]
+    names = {one["id"]: one["name"] for one in content["categories"]}
+    unlisted = [one for one in content["annotations"] if one["category_id"] not in names]
+    if unlisted:
+        raise DataError(
+            f"{file}: annotation {unlisted[0].get('id')} has the category_id "
+            f"{unlisted[0]['category_id']!r}, but the ids of the file's categories are "
+            f"{names_of(names)}. If one list counts from 0 and the other from 1, every object has "
+            "a wrong class: correct the file."
+        )
+    annotations = [one for one in content["annotations"] if names[one["category_id"]] in classes]
     folder = file.parent.parent if file.parent.name == "annotations" else file.parent
     by_name: dict[str, list[Path]] = {}
     for path in find_pictures(folder):
@@ -405,8 +415,9 @@ def _read_coco(file: Path, content: dict, options: Options) -> tuple[dict, dict[
             found = [path for path in found if path.parts[-len(name.parts) :] == name.parts]
         if len(found) != 1:
             raise DataError(
-                f"{file}: its image {str(name)!r} was found {len(found)} times in {folder}, "
-                "expected once. Export with the images (CVAT: 'Save images'), or put them there."
+                f"{file}: {len(found) or 'no'} files in {folder} and the folders below it are its "
+                f"image {str(name)!r}; expected one. Export with the images (CVAT: 'Save images'), "
+                "or put them there."
             )
         files[image["id"]] = found[0]
         if name.is_absolute() or ".." in name.parts:

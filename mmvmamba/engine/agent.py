@@ -84,7 +84,9 @@ def describe(failures: Mapping[int, ProcessFailure], processes: int) -> str:
     """
     rank = min(failures, key=lambda one: _blame(failures[one]))
     failure = failures[rank]
-    if failure.exitcode < 0:
+    if failure.exitcode == NOT_TO_BE_REPEATED:
+        manner = f"ended with: {failure.message}"
+    elif failure.exitcode < 0:
         manner = f"was killed by {failure.signal_name()}"
     else:
         manner = f"ended with exit code {failure.exitcode}"

@@ -84,7 +84,8 @@ def _load(name: str) -> Config:
     for path in (Path(name).expanduser(), project / name):
         if path.is_file():
             return Config.fromfile(path)
-    known = {path.name: path for path in sorted((project / "configs").rglob("*.py"))}
+    ours, beside = (project / "configs").rglob("*.py"), Path(name).expanduser().parent.glob("*.py")
+    known = {path.name: path for path in (*sorted(ours), *sorted(beside))}
     near = difflib.get_close_matches(Path(name).name, known, n=3, cutoff=0.5)
     hint = "".join(f"\n  {known[one]}" for one in near)
     raise UsageError(

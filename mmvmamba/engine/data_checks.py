@@ -208,15 +208,24 @@ def _log_size(dataset: BaseDataset, listed: Listed | None) -> None:
 def _left_out(dataset: BaseDataset, listed: Listed, objects: int) -> dict[str, int]:
     """What a data set leaves out of what a COCO file lists: how much for which reason."""
     known = set(getattr(dataset, "cat_ids", None) or listed.categories)
-    others = {listed.categories.get(i, i): n for i, n in listed.objects.items() if i not in known}
+    names = listed.categories
+    others = {names[i]: n for i, n in listed.objects.items() if i in names.keys() - known}
+    unlisted = {i: n for i, n in listed.objects.items() if i not in names}
+    objects_of = {
+        **{f"objects {reason}": count for reason, count in listed.unused.items()},
+        f"objects of categories that are not in classes ({names_of(others)})": sum(others.values()),
+        f"objects whose category_id ({names_of(unlisted)}) is none of the file's categories": sum(
+            unlisted.values()
+        ),
+    }
     left_out = {
         "images (smaller than filter_cfg allows, or without an object)": listed.images
         - len(dataset),
-        **{f"objects {reason}": count for reason, count in listed.unused.items()},
-        f"objects of categories that are not in classes ({names_of(others)})": sum(others.values()),
+        **objects_of,
+        "objects of images that are left out": listed.annotations
+        - objects
+        - sum(objects_of.values()),
     }
-    rest = listed.annotations - objects - listed.unused.total() - sum(others.values())
-    left_out["objects of images that are left out"] = rest
     if any(getattr(step, "with_mask", False) for step in dataset.pipeline.transforms):
         left_out["masks without a polygon of three points, as crowds"] = listed.shapeless
     return {what: count for what, count in left_out.items() if count > 0}

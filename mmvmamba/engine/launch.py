@@ -55,14 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
     except ChildFailedError as error:
         _, machines = torchrun.parse_min_max_nnodes(options.nnodes)
         reason = agent.describe(error.failures, processes * machines)
-        sys.exit(f"error: {reason}; its own message, if it left one, stands above.")
+        sys.exit(f"error: {reason.rstrip('.')}. Its own output is above.")
     except agent.JobEndedError as error:
         sys.exit(f"error: {error}")
     except (RendezvousError, distributed.DistError) as error:
         reason = error.__cause__ or error
         sys.exit(f"error: the machines did not meet, or one has left: {reason}")
     except SignalException as error:
-        sys.exit(f"interrupted ({error.sigval.name}); --resume goes on from the last checkpoint.")
+        sys.exit(f"interrupted ({error.sigval.name}); --resume continues from the last checkpoint.")
 
 
 def _prepare_restarts(options: argparse.Namespace) -> None:

@@ -3,12 +3,15 @@
 import ctypes
 import datetime as dt
 import gc
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -152,5 +155,9 @@ def exit_for_good(message: str) -> NoReturn:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         sys.stderr.write(f"{message}\n")
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            # The launcher repeats it, below the tracebacks of processes that waited for this one.
+            reply = {"message": message.removeprefix("error: "), "timestamp": int(time.time())}
+            Path(file).write_text(json.dumps(reply))
         sys.exit(NOT_TO_BE_REPEATED)
     sys.exit(message)

@@ -56,8 +56,8 @@ def fit_warm_up(
             continue
         ends[end] = new
         lines.append(
-            f"warm-up ({type_name(one)}) of {end} iterations, the training has {iterations}: it "
-            f"takes {new}"
+            f"the warm-up ({type_name(one)}) is {end} iterations long, the training {iterations}: "
+            f"the warm-up is changed to {new} iterations"
         )
         kept.append({**one, "by_epoch": False, "convert_to_iter_based": False, "end": new})
     return [_moved(one, ends, iterations, epoch_length) for one in kept], lines

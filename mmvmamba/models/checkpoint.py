@@ -198,7 +198,8 @@ def _download(address: str) -> Path:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {address} could not be downloaded: {error}. Check the address and the "
-                "network, or download the file elsewhere and give its path."
+                "network, or download the file elsewhere and give its path: --cfg-options "
+                "load_from=FILE, or model.backbone.init_cfg.checkpoint=FILE for a backbone's."
             ) from error
     barrier()
     return path

@@ -1,6 +1,7 @@
 """Throughput: the right models in the right modes, checked, timed in turns and reported."""
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -316,6 +317,9 @@ def test_the_time_is_the_median(monkeypatch):
     result = measure_one(small(), Case("inference", "fp32", 7, (16, 16)), rounds=6)
     assert (result.p20, result.seconds, result.p80) == (2.0, 3.5, 6.0)
     assert result.images_per_second == 2.0
+    (note,) = reports.throughput_table([result]).notes
+    assert "vary by more than 25%" in note
+    assert not reports.throughput_table([dataclasses.replace(result, p80=2.4)]).notes
 
 
 def results_at(*sizes, memory=False):

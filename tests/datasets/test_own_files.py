@@ -335,7 +335,8 @@ def test_what_is_left_out_is_counted_by_reason(kind, tmp_path):
     line = line_of(log, "annotations/train.json", "are used")
     for text in (
         "4 of 4 images and 4 of 12 objects are used" if kind == "val" else "of 12 objects are used",
-        "3 objects of categories that are not in classes ('zebra', 99)",
+        "2 objects of categories that are not in classes ('zebra')",
+        "1 objects whose category_id (99) is none of the file's categories",
         "1 objects marked to be ignored",
         "1 objects outside of their image",
         "1 objects smaller than a pixel",

@@ -262,6 +262,21 @@ def coco_without_image(folder: Path) -> Path:
     return folder
 
 
+def coco_counted_from_0(folder: Path) -> Path:
+    [file] = cvat_boxes(folder).glob("annotations/*.json")
+    content = json.loads(file.read_text())
+    for one in content["annotations"]:
+        one["category_id"] -= 1
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def coco_beside_images(folder: Path) -> Path:
+    [file] = cvat_boxes(folder).glob("annotations/*.json")
+    file.rename(folder / "boxes.json")
+    return folder
+
+
 def two_coco_files(folder: Path) -> Path:
     cvat_boxes(folder)
     text = (folder / "annotations/instances_default.json").read_text()
@@ -324,8 +339,15 @@ FAULTS = [
         "boxes",
         coco_without_image,
         Options(),
-        r"image 'camera/3\.png' was found 0 times in.*Save images",
+        r"no files in .* are its image 'camera/3\.png'; expected one.*Save images",
     ),
+    (
+        "boxes",
+        coco_counted_from_0,
+        Options(),
+        r"annotation 1 has the category_id 0, but the ids of the file's categories are 1, 2\.",
+    ),
+    ("boxes", coco_beside_images, Options(), r"boxes\.json is a COCO file: name it in place of"),
     ("boxes", two_coco_files, Options(), r"has 2 COCO files: name the one.*instances_val"),
     ("boxes", cvat_boxes, Options(["bolt"]), r"the label 'nut' is not in --classes"),
     ("masks", map_of((0, 1)), Options(), r"has numbers without names: .*--classes"),

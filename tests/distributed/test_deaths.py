@@ -1,6 +1,7 @@
 """What dies ends the job on every machine, or has it started again, and nothing hangs."""
 
 import itertools
+import re
 import time
 
 import pytest
@@ -84,5 +85,9 @@ def test_a_mistake_is_not_repeated(arguments, train, tmp_path):
     line = arguments(tmp_path / "work", 2, "load_from=nowhere.pth")
     (end,) = train(line, 2, MAX_RESTARTS="3")
     assert end.code == 1
-    assert end.output.count("nowhere.pth does not exist") == 1
+    *others, last = end.output.strip().splitlines()
+    assert re.match(
+        r"error: process \d of 2 on \S+ ended with: .*nowhere\.pth does not exist", last
+    )
+    assert sum("nowhere.pth does not exist" in line for line in others) == 1
     assert "start again" not in end.output

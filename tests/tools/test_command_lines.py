@@ -40,9 +40,12 @@ def test_config(sample_data, tmp_path):
     return make
 
 
-def test_an_unknown_config_gets_the_nearest_names():
+def test_an_unknown_config_gets_the_nearest_names(tmp_path):
     with pytest.raises(UsageError, match=r"no config .*\n.*vmamba-sample_imagenet\.py"):
         cli.load_config("configs/sample/vmamba-sample_imgnet.py")
+    (tmp_path / "my_detector.py").touch()
+    with pytest.raises(UsageError, match=r"no config .*\n.*/my_detector\.py"):
+        cli.load_config(f"{tmp_path}/my_detecter.py")
 
 
 def test_an_unknown_name_in_the_package_is_refused():

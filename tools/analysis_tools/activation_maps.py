@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws what a position of an image takes from the others in VMamba's scans. See `--help`."""
+"""Draws how much each position contributes to another one in VMamba's scans. See `--help`."""
 
 import argparse
 from collections.abc import Sequence

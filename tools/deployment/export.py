@@ -49,12 +49,12 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="one image of this size a call, which some runtimes need",
+        help="one image of this size per call, which some runtimes need",
     )
     size.add_argument(
         "--dynamic",
         action="store_true",
-        help="images of any size and, but for detectors, any number (the default)",
+        help="images of any size and, except for detectors, of any number (the default)",
     )
     parser.add_argument(
         "--check",
@@ -84,8 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--activation-maps",
         action="store_true",
-        help="ONNX: beside it a second graph, for what a position takes from the others in the "
-        "scans, which the page of `python -m mmvmamba.demo` shows",
+        help="ONNX: write a second graph beside it, for the activation maps that the page of "
+        "`python -m mmvmamba.demo` shows",
     )
     return parser.parse_args()
 
