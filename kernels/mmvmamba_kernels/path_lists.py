@@ -86,7 +86,17 @@ def of_pattern(name: str, height: int, width: int, x: Tensor) -> PathLists:
         lists = _make(name, height, width)
         whole = lists.visited is None
         return _without_values(x, len(lists.lengths), lists.table.shape[1] - 1, whole)
-    return _of_pattern(name, height, width, x.device)
+    return _kept_if_captured(_of_pattern(name, height, width, x.device), x)
+
+
+_captured: dict[int, PathLists] = {}
+
+
+def _kept_if_captured(lists: PathLists, x: Tensor) -> PathLists:
+    """The lists, held for good while a CUDA graph is captured, whose replays read them."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(lists)] = lists
+    return lists
 
 
 @functools.lru_cache(maxsize=512)
@@ -146,9 +156,9 @@ def of_tensor(op: str, paths: Tensor, x: Tensor) -> PathLists:
     known = _known.get(paths)
     key = version, paths.data_ptr(), height, width
     if known is not None and version is not None and known[0] == key:
-        return known[1]
+        return _kept_if_captured(known[1], x)
     what = f"{op}: paths over a {height} x {width} map"
     checked = check_positions(what, paths.detach().cpu().long(), positions, whole)
     lists = _prepare(checked, positions, whole).to(paths.device)
     _known[paths] = key, lists
-    return lists
+    return _kept_if_captured(lists, x)

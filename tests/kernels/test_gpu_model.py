@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mmvmamba_kernels
 from mmvmamba_kernels.backends.triton.support import interpreting
@@ -94,3 +98,40 @@ def test_a_walk_that_loads_where_it_computes_is_noticed(model):
     profile = model("profile")
     share = model("sim").dram_share(SHAPE)
     assert profile.exposed(profile.profile_launch(walk, share)[2]) > 2
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, of those made in it."""
+
+    def __init__(self, launches):
+        super().__init__()
+        self._launches, self._alive = launches, {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # What a launch takes lives no longer for it.
+        self._launches.clear()
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self._alive:
+                self._alive[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, id(storage))
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(("states", "maps"), [(1, 9), (16, 9)])
+def test_the_memory_that_a_backward_pass_takes_for_itself(states, maps, model):
+    from mmvmamba_kernels.backends.triton import low_rank, scan
+    from mmvmamba_kernels.selective_scan_2d import triton_impl
+    from mmvmamba_kernels.selective_scan_2d.arguments import Arguments
+
+    harness, record = model("harness"), model("record")
+    with harness.recording(scan, low_rank) as launches, Memory(launches) as memory:
+        arguments = Arguments(**record.core_arguments(SHAPE, states))
+        carries = harness.meta(*triton_impl.carries_shape(arguments), dtype=torch.float32)
+        grad = harness.meta(*SHAPE)
+        grads = triton_impl.backward(grad, carries, arguments)
+    given = sum(t.nbytes for t in (*arguments[:6], carries, grad, *grads))
+    assert maps - 1 < (memory.peak - given) / grad.nbytes < maps

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from mmvmamba_kernels.backends import gpu_scan
+from mmvmamba_kernels.backends.native import cuda_scan
 from mmvmamba_kernels.backends.triton import support
 
 
 @pytest.mark.parametrize("positions", [3, 8, 11])
 def test_sums_over_positions_are_added_in_parts(positions, monkeypatch):
-    monkeypatch.setattr(gpu_scan, "_PART", 4)
+    monkeypatch.setattr(cuda_scan, "_PART", 4)
     a = torch.randn(2, positions, 3, dtype=torch.float64)
     b = torch.randn(2, positions, 5, dtype=torch.float64)
-    found = gpu_scan.sum_of_products(a, b, torch.float64)
+    found = cuda_scan.sum_of_products(a, b, torch.float64)
     torch.testing.assert_close(found, a.mT @ b, rtol=1e-12, atol=1e-12)
 
 
@@ -35,7 +36,7 @@ def test_products_of_step_sizes_are_exact_whatever_is_allowed(precision, monkeyp
     proj, weight = torch.randn(1, 2, 3, 2, 4), torch.randn(2, 5, 2)
     raw = gpu_scan.raw_step_sizes(proj, weight, torch.float32)
     factors = torch.randn(2, 6, 2)
-    gpu_scan.low_rank_gradients(raw, factors, proj, weight, torch.float32)
+    cuda_scan.low_rank_gradients(raw, factors, proj, weight, torch.float32)
     after = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(before)
     assert seen == [True] * 3

@@ -1,7 +1,10 @@
 """Scan paths that are lists of positions: the built-in ones, and scans along them."""
 
 import functools
+import gc
 import io
+import weakref
+from types import SimpleNamespace
 
 import comparison
 import pytest
@@ -239,6 +242,18 @@ def test_lists_of_a_pattern_are_made_once_for_a_size(monkeypatch):
     for _ in range(2):
         output_and_gradients(functools.partial(selective_scan_2d, pattern="test_once"), args)
     assert made.count((3, 4)) == 1
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_lists_that_a_graph_captured_stay(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(path_lists, "_captured", {})
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+    table = weakref.ref(path_lists.of_pattern("snake", 3, 2, x).table)
+    path_lists._of_pattern.cache_clear()
+    path_lists._make.cache_clear()
+    gc.collect()
+    assert (table() is not None) == capturing
 
 
 def test_patterns_are_checked_where_they_are_registered():

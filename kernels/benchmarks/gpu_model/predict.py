@@ -29,7 +29,9 @@ def streaming_time(launch: Launch, shape: tuple[int, ...]) -> Prediction:
     maps += launch.integers.get("parts", 0) + launch.integers.get("store_total", 0)
     maps += launch.options.get("COUNT", 0)
     backward = launch.name == "layer_norm_bwd_kernel"
-    seconds = math.prod(shape) * 2 * maps / (_BACKWARD_RATE if backward else COPY_RATE)
+    # The sum may be that of a part of the images.
+    elements = launch.integers.get("size", math.prod(shape))
+    seconds = elements * 2 * maps / (_BACKWARD_RATE if backward else COPY_RATE)
     return Prediction(seconds * 1e3 + (_BACKWARD_LAUNCH_MS if backward else LAUNCH_MS), 0.0, 0)
 
 

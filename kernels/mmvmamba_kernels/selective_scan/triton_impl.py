@@ -90,7 +90,8 @@ def backward(
     grad_B, grad_C = (
         part.to(t.dtype).contiguous()
         for part, t in zip(
-            grads.proj.view(batch, length, groups, 2 * states)
+            grads.proj.sum(0)
+            .view(batch, length, groups, 2 * states)
             .permute(0, 2, 3, 1)
             .split(states, dim=2),
             (B, C),

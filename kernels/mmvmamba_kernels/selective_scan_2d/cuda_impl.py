@@ -84,7 +84,7 @@ def backward(
         grad_maps, carries, *arguments, parts, raw
     )
     x, proj, dt_weight, dt_bias, A, D = scan[:6]
-    grad_proj, grad_weight, grad_bias = gpu_scan.low_rank_gradients(
+    grad_proj, grad_weight, grad_bias = cuda_scan.low_rank_gradients(
         raw, grad_weights, proj, dt_weight, carries.dtype
     )
     return (

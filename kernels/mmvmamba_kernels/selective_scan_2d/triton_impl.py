@@ -18,6 +18,7 @@ from mmvmamba_kernels.backends.triton.scan import (
     MAX_RANK_BACKWARD,
     Layout,
     Operands,
+    images_at_once,
     scan_backward,
     scan_forward,
     sum_buffers,
@@ -92,7 +93,8 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
         unless ``save_carries``).
     """
     parts, carries = forward_parts(scan, save_carries)
-    return sum_buffers(parts, scan.x.dtype), carries
+    out = torch.empty_like(scan.x, memory_format=torch.contiguous_format)
+    return sum_buffers(parts, out), carries
 
 
 def forward_parts(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
@@ -111,29 +113,60 @@ def backward(
     grad_out: Tensor, carries: Tensor, scan: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmvmamba_kernels.selective_scan_2d.reference.backward`."""
-    lists = scan.lists()
+    lists, layout = scan.lists(), _layout(scan)
+    x, proj = scan[:2]
+    grad_x, grad_proj = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, proj)
+    )
+    images = images_at_once(layout, x, partial_dtype(x.dtype))
+    sums = None
+    for first in range(0, max(layout.batch, 1), images):
+        part = slice(first, first + images)
+        found = _backward_part(
+            grad_out[part].contiguous(),
+            carries[first * layout.lines : (first + images) * layout.lines],
+            scan._replace(x=x[part], proj=proj[part]),
+            lists,
+            grad_x[part],
+            grad_proj[part],
+        )
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+    # Copies: compilers take an operator's results to be aligned, as views need not be.
+    of_parameters = (
+        total.to(t.dtype, copy=True, memory_format=torch.contiguous_format)
+        for total, t in zip(sums, scan[2:6], strict=True)
+    )
+    return grad_x, grad_proj, *of_parameters
+
+
+def _backward_part(
+    grad_out: Tensor,
+    carries: Tensor,
+    scan: Arguments,
+    lists: PathLists | None,
+    grad_x: Tensor,
+    grad_proj: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of some images' ``x`` and ``proj``, and these images' share in the others.
+
+    Returns:
+        The shares in the gradients of the parameters, in their order, in the state's dtype.
+    """
     layout, operands = _operands(scan, lists, MAX_RANK_BACKWARD)
-    x, proj, dt_weight, dt_bias, A, D = scan[:6]
-    directions, channels, _ = dt_weight.shape
-    grad_out = grad_out.contiguous()
+    x = scan.x
     parts = _partial_sums(scan, lists, grad_out.to(x.dtype), operands.dtype)
     # Products take the gradient of the raw step sizes from here, on tensor cores if x is bfloat16.
     new = x.new_zeros if scan.partial else x.new_empty
-    raw = new((directions, x.shape[:3].numel(), channels), dtype=parts.dtype)
+    raw = new((len(layout.paths), x.shape[:3].numel(), layout.channels), dtype=parts.dtype)
     grads = scan_backward(layout, operands, carries, grad_out, parts, raw)
     grad_D = grads.skip
     if scan.partial:
         maps = (t.to(operands.dtype).flatten(1, 2) for t in (x, grad_out))
         grad_D = lists.grad_skips(*maps)
-
-    grad_proj, grad_weight, grad_bias = low_rank_gradients(
-        raw, grads.proj, proj, dt_weight, operands.dtype
+    sum_buffers(parts, grad_x)
+    # Its memory is needed for what follows.
+    del parts
+    grad_weight, grad_bias = low_rank_gradients(
+        raw, grads.proj, scan.proj, scan.dt_weight, grad_proj, operands.dtype
     )
-    return (
-        sum_buffers(parts, x.dtype),
-        grad_proj,
-        grad_weight,
-        grad_bias.to(dt_bias.dtype),
-        grads.A.to(A.dtype, copy=True, memory_format=torch.contiguous_format),
-        grad_D.to(D.dtype),
-    )
+    return grad_weight, grad_bias[..., 0], grads.A, grad_D

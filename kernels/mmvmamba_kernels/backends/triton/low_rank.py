@@ -78,8 +78,13 @@ def low_rank_gradients_kernel(
 
 
 def low_rank_gradients(
-    raw: Tensor, grad_factors: Tensor, proj: Tensor, dt_weight: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    raw: Tensor,
+    grad_factors: Tensor,
+    proj: Tensor,
+    dt_weight: Tensor,
+    grad_proj: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """Takes the gradient of raw step sizes back to where they came from, and reads it once.
 
     Ranks above 15 read it again, from the second-level cache: it is smaller by as much.
@@ -87,19 +92,19 @@ def low_rank_gradients(
     Args:
         raw: Gradient of the raw step sizes, (K, positions, D). Its dtype is that of the products'
             factors.
-        grad_factors: Gradient of B and C side by side, (positions, K, 2N).
+        grad_factors: Shares of the gradient of B and C side by side, to be added, (shares,
+            positions, K, 2N).
         proj: (B, H, W, K, R + 2N).
         dt_weight: (K, D, R).
+        grad_proj: Where the gradient of ``proj`` goes, contiguous.
         dtype: Of sums.
 
     Returns:
-        The gradients of ``proj`` and ``dt_weight`` in their own dtypes, and that of the bias, (K,
-        D), in ``dtype``.
+        The gradients of ``dt_weight`` and of the bias, (K, D, 1), as views, in ``dtype``.
     """
     directions, channels, rank = dt_weight.shape
     positions = raw.shape[1]
-    grad_proj = torch.empty_like(proj, memory_format=torch.contiguous_format)
-    grad_proj.flatten(0, 2)[..., rank:] = grad_factors
+    grad_proj.flatten(0, 2)[..., rank:] = grad_factors.sum(0)
     tiles = ceil_div(positions, _ROWS)
     parts = raw.new_empty((tiles, directions, channels, rank + 1), dtype=dtype)
     factors = torch.float64 if dtype == torch.float64 else raw.dtype
@@ -126,5 +131,4 @@ def low_rank_gradients(
                 ACC=_DTYPES[dtype],
                 num_warps=4,
             )
-    grad_weight, grad_bias = parts.sum(0).split([rank, 1], dim=2)
-    return grad_proj, grad_weight.to(dt_weight.dtype, copy=True), grad_bias[..., 0].contiguous()
+    return parts.sum(0).split([rank, 1], dim=2)

@@ -62,6 +62,12 @@ class _Warps(NamedTuple):
 _FORWARD_WARPS = _Warps(enough=8, full=24)
 _BACKWARD_WARPS = _Warps(enough=6, full=12)
 
+_TURNS_RESIDENT = 8
+"""Programs of the adjoint scans on a multiprocessor where states take turns, in all registers."""
+
+_UNSUMMED = 2**30
+"""Bytes of what these scans may leave to be summed, or there are fewer programs at a time."""
+
 _SHORTEST_CHUNK = 32
 """Positions below which a walk is not worth its start, where it reads its weights."""
 
@@ -166,6 +172,29 @@ def chunk_length(programs: int, length: int, processors: int, warps: _Warps, mul
     wanted = ceil_div(processors * warps.full, programs) if cut else 1
     chunk = max(ceil_div(length, wanted), _SHORTEST_CHUNK)
     return ceil_div(chunk, multiple) * multiple
+
+
+def images_at_once(layout: Layout, x: Tensor, dtype: torch.dtype) -> int:
+    """Images whose adjoint scans are launched together: all, unless states take turns.
+
+    Those leave several times the size of the maps to be summed. A part of the images is as many as
+    are on the GPU at once, which takes no longer, or fewer where they would leave too much.
+
+    Args:
+        layout: Of all images.
+        x: The map.
+        dtype: Of a direction's gradients of it, and of the raw step sizes.
+    """
+    if layout.states == layout.turn:
+        return max(layout.batch, 1)
+    blocks = ceil_div(layout.channels, lanes(x.device))
+    programs = layout.lines * len(layout.paths) * blocks
+    numbers = layout.channels + blocks * layout.states
+    unsummed = 2 * len(layout.paths) * layout.height * layout.width * numbers * dtype.itemsize
+    images = multiprocessors(x.device) * _TURNS_RESIDENT // programs
+    while images > 1 and images * unsummed > _UNSUMMED:
+        images //= 2
+    return max(images, 1)
 
 
 def channel_blocks(layout: Layout, width: int) -> int:
@@ -274,9 +303,9 @@ class _Launch:
         """Cut the paths into chunks of this length."""
         self.chunk, self.chunks = chunk, ceil_div(self.layout.length, chunk)
 
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.blocks * self.directions * self.chunks * self.layout.sequences,)
+    def grid(self, chunks: int) -> tuple[int]:
+        """Programs for so many chunks of every path."""
+        return (self.blocks * self.directions * chunks * self.layout.sequences,)
 
     def entering_states(self, u: Tensor, backwards: bool) -> Tensor:
         """The states that enter the chunks; no elements if there is one chunk.
@@ -291,7 +320,8 @@ class _Launch:
         shape = (layout.sequences, self.directions, self.chunks, layout.states, layout.channels)
         state = u.new_empty(shape, dtype=self.operands.dtype)
         total = u.new_empty(shape[:3] + shape[4:], dtype=self.operands.dtype)
-        selective_scan_state_kernel[self.grid](
+        # Nothing is entered from the last chunk that the recurrence comes to.
+        selective_scan_state_kernel[self.grid(self.chunks - 1)](
             u,
             *self.inputs,
             state,
@@ -333,7 +363,7 @@ class _Launch:
             y: Where outputs go.
         """
         u, skip = self.operands.u, self.operands.skip
-        selective_scan_fwd_kernel[self.grid](
+        selective_scan_fwd_kernel[self.grid(self.chunks)](
             u,
             *self.inputs,
             self.absent if skip is None else skip,
@@ -390,7 +420,8 @@ class Gradients:
     """What the backward kernels leave for the operators to finish."""
 
     proj: Tensor
-    """Of B and C at every position, (positions, K, 2N); bfloat16 if these are."""
+    """Shares of B's and C's at every position, to be added, (channel blocks, positions, K, 2N);
+    bfloat16 if B and C are."""
     A: Tensor
     """(K, D, N)"""
     skip: Tensor | None
@@ -424,7 +455,11 @@ def scan_backward(
     positions = layout.batch * layout.height * layout.width
     skip = operands.skip
     if u.numel() == 0:
-        shapes = (0, directions, 2 * states), (directions, channels, states), (directions, channels)
+        shapes = (
+            (1, 0, directions, 2 * states),
+            (directions, channels, states),
+            (directions, channels),
+        )
         proj, rates, grad_skip = (u.new_zeros(shape, dtype=dtype) for shape in shapes)
         return Gradients(proj, rates, None if skip is None else grad_skip)
     with on_device(u):
@@ -443,7 +478,7 @@ def scan_backward(
         grad_skip = u.new_empty(
             (rows, directions, channels) if skip is not None else 0, dtype=dtype
         )
-        selective_scan_bwd_kernel[launch.grid](
+        selective_scan_bwd_kernel[launch.grid(launch.chunks)](
             u,
             *launch.inputs,
             launch.absent if skip is None else skip,
@@ -471,15 +506,14 @@ def scan_backward(
             **launch.constants,
         )
     return Gradients(
-        grad_proj.sum(0),
+        grad_proj,
         grad_rates.sum(0).transpose(1, 2),
         None if skip is None else grad_skip.sum(0),
     )
 
 
-def sum_buffers(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dimension, in its order, in float32 or float64."""
-    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+def sum_buffers(parts: Tensor, out: Tensor) -> Tensor:
+    """The sum over the first dimension, in its order, in float32 or float64, in ``out``."""
     if out.numel() == 0:
         return out
     block = 1024

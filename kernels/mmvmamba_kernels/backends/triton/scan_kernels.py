@@ -826,15 +826,17 @@ def selective_scan_state_kernel(
     INDEX: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Sum of the step sizes and end state of every chunk that starts from zero.
+    """Sum of the step sizes and end state of every chunk but the last, starting from zero.
 
-    Backwards, ``u_ptr`` is the gradient of the output, and the state that which leaves the chunk at
-    its start.
+    Backwards, ``u_ptr`` is the gradient of the output, the state that which leaves the chunk at its
+    start, and the last chunk the first of the path.
     """
     SCALE: tl.constexpr = _LOG2E if SOFTPLUS else 1.0
     WIDTH: tl.constexpr = (LOW + 2 * N) // PACK
     MAPS: tl.constexpr = 2 if R == 0 else 1
-    block, k, c, s = _program(blocks, K, chunks)
+    block, k, c, s = _program(blocks, K, chunks - 1)
+    if BACKWARDS:
+        c += 1
     t0 = c * chunk
     count, groups, final = _chunk(t0, k, chunk, length, list_ptr, GROUP, LISTED)
     if BACKWARDS:
@@ -989,7 +991,7 @@ def selective_scan_carry_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Replace the chunks' end states by the states that enter them."""
+    """Replace the chunks' end states by the states that enter them; the last has no end state."""
     block, k, n, s = _program(blocks, K, N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = d < channels
