@@ -245,9 +245,9 @@ function start() {
   });
   for (const id of ["stage", "kind"]) at(id).addEventListener("change", showMaps);
   for (const type of ["dragover", "dragleave", "drop"]) {
-    document.body.addEventListener(type, (event) => {
+    document.addEventListener(type, (event) => {
       event.preventDefault();
-      document.body.classList.toggle("dropping", type === "dragover");
+      document.documentElement.classList.toggle("dropping", type === "dragover");
       const files = [...(event.dataTransfer?.files ?? [])];
       if (type === "drop" && files.length) queue("Opening", () => openFiles(files));
     });
