@@ -4,7 +4,7 @@ import torch
 from mmpretrain.models.heads import ClsHead
 from torch import Tensor, nn
 
-from mmvmamba.models.layers import NormName, build_norm, normalize
+from mmvmamba.models.layers import NormName, build_norm, normalize, trunc_normal_
 
 
 class VMambaClsHead(ClsHead):
@@ -28,7 +28,7 @@ class VMambaClsHead(ClsHead):
         self.norm = build_norm(norm, in_channels)
         self.norm_kind = norm
         self.head = nn.Linear(in_channels, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:

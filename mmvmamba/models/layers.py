@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +102,15 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
         or module._backward_pre_hooks
         or torch.nn.modules.module._has_any_global_hook()
     )
+
+
+def trunc_normal_(weight: Tensor, std: float, **bounds: float) -> None:
+    """`nn.init.trunc_normal_`, but for fake tensors, which have no values.
+
+    PyTorch 2.14 draws until all values lie within the bounds, and asks whether they do.
+    """
+    if not isinstance(weight, FakeTensor):
+        nn.init.trunc_normal_(weight, std=std, **bounds)
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:

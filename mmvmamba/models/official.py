@@ -31,6 +31,7 @@ from mmvmamba.models.layers import (
     ToChannelsLast,
     build_norm,
     fx_leaf,
+    trunc_normal_,
 )
 from mmvmamba.models.ss2d import Mamba2Mixer, build_depthwise_conv
 from mmvmamba.models.vmamba import VMamba, init_module
@@ -657,7 +658,7 @@ class VSSM(VMamba):
             side = imgsize // patch_size
             embedding = torch.zeros(1, self.dims[0], side, side)
             self.pos_embed = nn.Parameter(embedding, requires_grad=self.has_classifier)
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            trunc_normal_(self.pos_embed, std=0.02)
         if self.has_classifier:
             self.num_classes = num_classes
             self.classifier = self._build_classifier(num_classes)

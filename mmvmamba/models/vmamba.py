@@ -25,6 +25,7 @@ from mmvmamba.models.layers import (
     build_norm,
     build_stem,
     normalize,
+    trunc_normal_,
 )
 from mmvmamba.models.precompile import prepare
 from mmvmamba.models.ss2d import INITS, SS2D, InitName, Mamba2Mixer, ScanName, find_scan
@@ -604,7 +605,7 @@ def _suggest(name: str, known) -> str:
 def init_module(module: nn.Module) -> None:
     """Linear layers as in Swin Transformer, norms as identity; the mixers' own stay as made."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, (nn.LayerNorm, _BatchNorm)):

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmvmamba.models import cpu, layers
+from mmvmamba.models import NAT, VMamba, cpu, layers
 
 
 class Projected(layers.KeepsPacked):
@@ -215,3 +216,11 @@ def test_other_dtypes_keep_to_the_matrix_product():
     module = Projected(8, 16).double()
     x = torch.randn(1, 3, 4, 8, dtype=torch.double)
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("build", [lambda: VMamba.of_one_block_a_stage("tiny"), lambda: NAT("mini")])
+def test_models_are_made_of_tensors_without_values(build, monkeypatch):
+    # As PyTorch 2.14's does.
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **_: bool(weight.sum()))
+    with FakeTensorMode():
+        build()

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mmvmamba.models.arguments import check_choice
 from mmvmamba.models.backbone import Backbone
 from mmvmamba.models.compared.neighborhood_attention import neighborhood_attention_2d
-from mmvmamba.models.layers import Conv2d, DropPath, LayerNorm, Mlp, project
+from mmvmamba.models.layers import Conv2d, DropPath, LayerNorm, Mlp, project, trunc_normal_
 from mmvmamba.models.vmamba import check_images, init_module
 from mmvmamba.registry import MODELS
 
@@ -55,7 +55,7 @@ class NeighborhoodAttention(nn.Module):
         self.scale = HEAD_CHANNELS**-0.5
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rpb = nn.Parameter(torch.empty(self.heads, 2 * KERNEL - 1, 2 * KERNEL - 1))
-        nn.init.trunc_normal_(self.rpb, std=0.02)
+        trunc_normal_(self.rpb, std=0.02)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

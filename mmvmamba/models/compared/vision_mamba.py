@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.models.arguments import ArgumentError, check_choice
 from mmvmamba.models.backbone import Backbone
-from mmvmamba.models.layers import Conv2d, DropPath, KeepsFloat32
+from mmvmamba.models.layers import Conv2d, DropPath, KeepsFloat32, trunc_normal_
 from mmvmamba.models.ss2d import inverse_softplus_of_log_uniform, with_range
 from mmvmamba.models.vmamba import check_images
 from mmvmamba.registry import MODELS
@@ -279,13 +279,13 @@ class VisionMamba(Backbone):
 
     def _init_parameters(self) -> None:
         """As the released code; what is not named here keeps PyTorch's own."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
         if self.with_cls_token:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
+            trunc_normal_(self.cls_token, std=0.02)
         # LeCun's normal distribution, cut off at two standard deviations.
         proj = self.patch_embed.proj
         std = proj.weight[0].numel() ** -0.5 / 0.87962566103423978
-        nn.init.trunc_normal_(proj.weight, std=std, a=-2 * std, b=2 * std)
+        trunc_normal_(proj.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(proj.bias)
         with torch.no_grad():
             for block in self.layers:

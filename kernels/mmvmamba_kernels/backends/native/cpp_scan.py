@@ -129,14 +129,9 @@ def path_codes(paths: tuple[Path, ...]) -> list[int]:
 def forward(scan: Scan, out: Tensor, carries: Tensor | None) -> None:
     """Writes the output (B, P, D), and into `carries` the states that enter the tiles."""
     params, _kept = _describe(scan, carries)
-    batch, directions, threads = len(scan.x), params.directions, torch.get_num_threads()
+    batch, threads = len(scan.x), torch.get_num_threads()
     tasks = batch * params.padded_channels // _LANES
-    parts = out[None]
-    if directions > 1 and tasks < 2 * threads:
-        # Threads would be idle: each direction has a map of its own. They are added in the order
-        # of the directions, so that bits do not depend on the number of threads.
-        parts = out.new_empty((directions, *out.shape))
-        params.sum_direction_stride = parts.stride(0)
+    parts = _parts(params, out, tasks, threads)
     params.out = _map(parts[0])
     extension.library().mmvmamba_scan_forward(*_how(params, scan.x, threads), c_int64(batch))
     _sum_into(out, parts)
@@ -160,12 +155,8 @@ def backward(
     groups = min(max(_WAVE_TASKS // slots, 1), blocks)
     parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
     partial = scan.x.new_empty((groups, slots, positions, directions, padded_rank + 2 * states))
-    parts = grad_x[None]
-    if directions > 1 and slots * groups < _WAVE_TASKS // 2:
-        # Too few tasks for many threads: each direction has a map of its own. However many threads
-        # there are, because what is added to a map is rounded otherwise than a map's sum.
-        parts = grad_x.new_empty((directions, *grad_x.shape))
-        params.sum_direction_stride = parts.stride(0)
+    threads = torch.get_num_threads()
+    parts = _parts(params, grad_x, slots * groups, threads)
     params.grad_out, params.grad_x = _map(grad_out), _map(parts[0])
     if grad_delta is not None:
         params.grad_delta = _map(grad_delta)
@@ -180,7 +171,7 @@ def backward(
     for first in range(0, batch, slots):
         images = min(slots, batch - first)
         partial.zero_()
-        how = _how(params, scan.x, torch.get_num_threads())
+        how = _how(params, scan.x, threads)
         # Plain integers would go as C's int.
         numbers = map(c_int64, (first, images, groups))
         extension.library().mmvmamba_scan_backward(*how, *numbers)
@@ -278,6 +269,19 @@ def _sum_in_place(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
+
+
+def _parts(params: _Params, out: Tensor, tasks: int, threads: int) -> Tensor:
+    """The maps that directions are summed into: `out`, or one for each where threads would be idle.
+
+    Those are added in the order of the directions, so that bits do not depend on the number of
+    threads.
+    """
+    if params.directions == 1 or tasks >= 2 * threads:
+        return out[None]
+    parts = out.new_empty((params.directions, *out.shape))
+    params.sum_direction_stride = parts.stride(0)
+    return parts
 
 
 def _sum_into(out: Tensor, parts: Tensor) -> None:

@@ -230,6 +230,15 @@ inline Lanes<T> where_greater(const Lanes<T>& a, const Lanes<T>& b, const Lanes<
   return Lanes<T>::where_greater(a, b, yes, no);
 }
 
+// A product that is rounded before it is added to something: in memory, the compiler makes no fused
+// multiply-add of both.
+template <typename T>
+inline Lanes<T> rounded_product(const Lanes<T>& a, const Lanes<T>& b) {
+  Lanes<T> product = a * b;
+  __asm__("" : "+m"(product));
+  return product;
+}
+
 // The first `count` channels of a block; zero in the other lanes.
 template <typename T>
 inline Lanes<T> load_channels(const T* source, int64_t count) {

@@ -351,7 +351,7 @@ struct Backward {
     for (int t = 0; t < tile.count; ++t) {
       const int64_t position = tile.position[t];
       grad_delta[t] += grad_drive[t] * direction.load(p.x, position);
-      direction.add(grad_drive[t] * tile.delta[t], grad_x, position);
+      direction.add(rounded_product(grad_drive[t], tile.delta[t]), grad_x, position);
       if (p.softplus) grad_raw[t] *= slope[t];
       grad_bias += grad_raw[t];
       if (p.grad_delta.data) direction.store(grad_raw[t], p.grad_delta, position);
