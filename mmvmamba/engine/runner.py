@@ -191,6 +191,11 @@ class StrictRunner(Runner):
         super().resume(filename, *args, **kwargs)
         if isinstance(self.train_loop, EpochBasedTrainLoop):
             self.train_loop.epoch_iter = meta.get("epoch_iter", 0)
+        if self.iter >= self.max_iters:
+            self.logger.warning(
+                f"nothing is left to train: {filename} has {self.iter} of {self.max_iters} "
+                "iterations. For a longer training, raise max_epochs or max_iters."
+            )
         before, now = meta.get("processes"), get_world_size()
         if before not in (None, now):
             self.logger.warning(

@@ -89,6 +89,11 @@ def test_resume(name, train_once, tmp_path):
         assert min(steps) > begun
         last = (work_dir / "last_checkpoint").read_text()
         assert read_checkpoint(last)["meta"]["iter"] == 2 * begun
+    if name == "mmpretrain":
+        # The training is at its end.
+        cli.train(cli.parse_train_arguments(arguments))
+        log = max(moved.glob("*/*.log")).read_text()
+        assert f"nothing is left to train: {last} has {2 * begun} of {2 * begun} iterations" in log
 
 
 def test_resume_with_nothing_to_resume_starts_from_the_beginning(project, sample_data, tmp_path):

@@ -69,7 +69,8 @@ def visualize(options: argparse.Namespace) -> None:
         # Numbered, since images of several folders may have one name.
         files.append(folder / f"{index:04d}_{pair.path.stem}.png")
         Image.fromarray(np.hstack([pair.truth, pair.prediction])).save(files[-1])
-    console.print(f"{len(files)} pictures, ground truth left, predictions right: {folder}")
+    left = "image" if images else "ground truth"
+    console.print(f"{len(files)} pictures, {left} left, predictions right: {folder}")
     if options.sheet:
         draw_montage(files, options.sheet, columns=options.columns, title=options.title)
         console.print(f"all of them: {options.sheet}")
