@@ -1,12 +1,14 @@
 """Neighbourhood attention against loops over positions, in float64."""
 
 import itertools
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmvmamba.models.compared import neighborhood_attention
 from mmvmamba.models.compared.neighborhood_attention import (
     neighborhood_attention_2d,
     through_natten,
@@ -122,3 +124,23 @@ def test_natten_is_called_as_its_functions_are():
     inputs, _ = arguments(4, 5, 3)
     functions = SimpleNamespace(na2d_qk=na2d_qk, na2d_av=na2d_av)
     torch.testing.assert_close(through_natten(functions, *inputs), by_loops(*inputs))
+
+
+def with_bias(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None):
+    """natten 0.17."""
+
+
+def without_bias(query, key, kernel_size, dilation, additional_keys=None):
+    """natten 0.15, where biases are another function's."""
+
+
+@pytest.mark.parametrize(
+    ("functions", "taken"),
+    [({"na2d_qk": with_bias}, True), ({"na2d_qk": without_bias}, False), ({"na2d": ...}, False)],
+    ids=["0.17", "0.15", "0.20"],
+)
+def test_a_natten_without_biases_is_left_alone(monkeypatch, functions, taken):
+    functional = SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(functional=functional))
+    found = neighborhood_attention._natten.__wrapped__()
+    assert found is (functional if taken else None)

@@ -7,6 +7,7 @@ matrix products under a mask. Its FLOPs are those of the K^2 neighbours, as the 
 """
 
 from functools import cache
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -49,12 +50,13 @@ def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> T
 
 @cache
 def _natten():
-    """natten's functions, where they take biases."""
+    """natten's functions, where they take biases: in 0.17, not in 0.15, and no more in 0.20."""
     try:
         from natten import functional
     except ImportError:
         return None
-    return functional if hasattr(functional, "na2d_qk") else None
+    product = getattr(functional, "na2d_qk", None)
+    return functional if product and "rpb" in signature(product).parameters else None
 
 
 def through_natten(functional, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Tensor:
