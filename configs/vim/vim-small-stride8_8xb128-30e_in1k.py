@@ -1,4 +1,4 @@
-# Vim-S fine-tuned at finer granularity, as Vim-Ti.
+# Vim-S fine-tuned at finer granularity, as Vim-Ti (vim/scripts/ft-vim-s.sh).
 _base_ = "./vim-tiny-stride8_8xb128-30e_in1k.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# Vim-S with the released recipe: the same learning rate for batch 512.
+# Vim-S with the released recipe (vim/scripts/pt-vim-s.sh): the same learning rate for batch 512.
 _base_ = "./vim-tiny_8xb128_in1k.py"
 
 model = dict(backbone=dict(arch="small", drop_path_rate=0.05), head=dict(in_channels=384))
