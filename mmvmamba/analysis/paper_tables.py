@@ -1,14 +1,14 @@
 """The paper's tables of models: their rows are data, and each is built, counted and timed here.
 
 Every row is timed with the table's VMamba-T of the same size, in turns, so that its ratio does not
-depend on what the machine does meanwhile, and no more than two models are in memory. Accuracies are
-the paper's.
+depend on what the machine does meanwhile, and no more than two models are in memory. VMamba-T is
+prepared once for all rows of a size. Accuracies are the paper's.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from mmvmamba.analysis.measured import Subject
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.reports import Table
 from mmvmamba.analysis.subjects import config_subject
-from mmvmamba.analysis.throughput import FAILURES, Result, measure_case
+from mmvmamba.analysis.throughput import FAILURES, Contestant, Result, conditions, take_turns
 from mmvmamba.engine.cli import load_config
 
 FILE = Path(__file__).with_suffix(".json")
@@ -156,20 +156,22 @@ def _read_row(table: Mapping, row: Mapping, by_name: Mapping[str, Mapping]) -> R
     return Row(name, **settings)
 
 
-def find_tables(number: str) -> list[PaperTable]:
-    """A table by its number: one, or its parts.
+def find_tables(name: str) -> list[PaperTable]:
+    """A table, by its number or with the name of a part: '6', '2', '2, COCO', '2, COCO 3x'.
 
     Raises:
         ValueError: If the paper has no such table of models; the message has those it has.
     """
-    tables = read_tables()
-    found = [table for table in tables if table.name.split(", ")[0] == number]
-    if not found:
+    wanted, tables = _words(name), read_tables()
+    found = [table for table in tables if _words(table.name)[: len(wanted)] == wanted]
+    if not wanted or not found:
         numbers = dict.fromkeys(table.name.split(", ")[0] for table in tables)
-        raise ValueError(
-            f"there is no table {number!r} of models, choose from {', '.join(numbers)}"
-        )
+        raise ValueError(f"there is no table {name!r} of models, choose from {', '.join(numbers)}")
     return found
+
+
+def _words(name: str) -> list[str]:
+    return name.replace(",", " ").split()
 
 
 @dataclass(frozen=True)
@@ -193,32 +195,57 @@ class Measurement:
     """Counts and times rows; what several tables have in common is done once.
 
     Args:
-        size: Height and width at which all rows are timed; None for each row's own.
         device: Where.
         seconds: How long to time each model and pass.
         rounds: How many turns that is split in.
     """
 
-    def __init__(
-        self, size: tuple[int, int] | None, device: torch.device, seconds: float, rounds: int
-    ):
-        self.size, self.device, self.seconds, self.rounds = size, device, seconds, rounds
+    def __init__(self, device: torch.device, seconds: float, rounds: int):
+        self.device, self.seconds, self.rounds = device, seconds, rounds
         self._counts: dict[tuple, Complexity | str] = {}
         self._times: dict[tuple, tuple[Result, Result]] = {}
+        self._kept: dict[tuple, Contestant] = {}
 
-    def __call__(self, table: PaperTable, row: Row, cases: Sequence[Case]) -> Measured:
-        """Measures one row in each case, but for the cases' sizes."""
-        complexity = self._count(row)
-        failures = [complexity] if isinstance(complexity, str) else []
-        timed = {}
+    def __call__(
+        self,
+        table: PaperTable,
+        rows: Sequence[Row],
+        cases: Sequence[Case],
+        size: tuple[int, int] | None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> list[Measured]:
+        """Measures rows of a table in each case, but for the cases' sizes.
+
+        Args:
+            table: The table.
+            rows: The rows.
+            cases: The passes, of any size.
+            size: Height and width at which all rows are timed; None for each row's own.
+            progress: Called with a row's name before it is counted, and before each case.
+
+        Returns:
+            What was found out, in the rows' order.
+        """
+        counts = {}
+        for row in rows:
+            progress(row.name)
+            counts[row.name] = self._count(row)
+        timed: dict[str, dict[str, tuple[Result, Result]]] = {row.name: {} for row in rows}
         for passes in cases:
-            case = dataclasses.replace(passes, size=self.size or row.shape)
-            timed[case.passes] = result, _ = self._time(table.reference(row), row, case)
-            if result.failure:
-                failures.append(f"{case.passes}: {result.failure}")
-        return Measured(
-            row, None if isinstance(complexity, str) else complexity, timed, tuple(failures)
-        )
+            # Those of one size after one another, so that one VMamba-T is kept at a time.
+            for row in sorted(rows, key=lambda row: row.shape):
+                progress(row.name)
+                case = dataclasses.replace(passes, size=size or row.shape)
+                timed[row.name][case.passes] = self._time(table.reference(row), row, case)
+        return [self._measured(row, counts[row.name], timed[row.name]) for row in rows]
+
+    def _measured(
+        self, row: Row, count: Complexity | str, timed: Mapping[str, tuple[Result, Result]]
+    ) -> Measured:
+        complexity = None if isinstance(count, str) else count
+        failures = [count] if complexity is None else []
+        failures += [f"{name}: {own.failure}" for name, (own, _) in timed.items() if own.failure]
+        return Measured(row, complexity, timed, tuple(failures))
 
     def _count(self, row: Row) -> Complexity | str:
         key = row.model, row.shape
@@ -232,12 +259,20 @@ class Measurement:
     def _time(self, reference: Row, row: Row, case: Case) -> tuple[Result, Result]:
         key = reference.model, row.model, case
         if key not in self._times:
-            rows = [reference, row] if reference.model != row.model else [row]
-            found = measure_case(
-                [one.subject() for one in rows], case, self.device, self.seconds, self.rounds
-            )
+            with conditions(case, self.device, 2):
+                contestants = [self._prepare_reference(reference, case)]
+                if reference.model != row.model:
+                    contestants.append(Contestant(row.subject(), case, self.device))
+                found = take_turns(contestants, self.seconds, self.rounds)
             self._times[key] = found[-1], found[0]
         return self._times[key]
+
+    def _prepare_reference(self, reference: Row, case: Case) -> Contestant:
+        key = reference.model, case
+        if key not in self._kept:
+            self._kept.clear()
+            self._kept[key] = Contestant(reference.subject(), case, self.device)
+        return self._kept[key]
 
 
 def _first_line(error: Exception) -> str:

@@ -103,16 +103,35 @@ def measure_case(
     cases = [case_of(subject, case) for subject in subjects]
     for one in cases:
         one.check_device(device)
-    contestants: list[_Contestant] = []
-    with tf32(True), _on(device), _room_to_compile(case, len(subjects)):
+    contestants: list[Contestant] = []
+    with conditions(case, device, len(subjects)):
         for subject, own_case in zip(subjects, cases, strict=True):
             progress(subject.name)
-            contestants.append(_Contestant(subject, own_case, device))
-        for turn in range(rounds):
-            # Back and forth: the first of a round is the last of the next.
-            for contestant in contestants[:: -1 if turn % 2 else 1]:
-                progress(contestant.name)
-                contestant.take_turn(seconds / rounds)
+            contestants.append(Contestant(subject, own_case, device))
+        return take_turns(contestants, seconds, rounds, progress)
+
+
+@contextmanager
+def conditions(case: Case, device: torch.device, models: int) -> Iterator[None]:
+    """What models of a case are prepared and timed under."""
+    with tf32(True), _on(device), _room_to_compile(case, models):
+        yield
+
+
+def take_turns(
+    contestants: Sequence["Contestant"],
+    seconds: float,
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Result]:
+    """Times models that are prepared, see `measure_case`. What was timed before is forgotten."""
+    for contestant in contestants:
+        contestant.times = []
+    for turn in range(rounds):
+        # Back and forth: the first of a round is the last of the next.
+        for contestant in contestants[:: -1 if turn % 2 else 1]:
+            progress(contestant.name)
+            contestant.take_turn(seconds / rounds)
     return [contestant.result() for contestant in contestants]
 
 
@@ -121,13 +140,20 @@ def case_of(subject: Subject, case: Case) -> Case:
     return dataclasses.replace(case, execution=subject.execution) if subject.execution else case
 
 
-class _Contestant:
-    """A model that is checked at once, and timed turn by turn until it fails."""
+class Contestant:
+    """A model that is checked at once, and timed turn by turn until it fails.
+
+    Args:
+        subject: The model.
+        case: What to time, on a device that can do it.
+        device: Where.
+    """
 
     def __init__(self, subject: Subject, case: Case, device: torch.device):
         self.name, self.case, self.device = subject.name, case, device
         self.failure, self.times = "", []
         self.params = self.peak_gb = self.error = self.call = None
+        self.first = 0.0
         with self._failures():
             self._prepare(subject)
 
@@ -159,22 +185,28 @@ class _Contestant:
             torch.cuda.reset_peak_memory_stats(device)
         if "graph" in case.execution:
             call = _capture(call)
+        _synchronize(device)
+        begin = time.perf_counter()
         outputs = call()
         _synchronize(device)
+        self.first = time.perf_counter() - begin
         if device.type == "cuda":
             self.peak_gb = (torch.cuda.max_memory_allocated(device) - before) / 1e9
         self.error = step.check(outputs, reference)
         self.call = call
 
     def take_turn(self, seconds: float) -> None:
+        """Times calls for some seconds, but one at least."""
         if self.call is None:
             return
         with self._failures():
-            # The others have emptied the caches.
-            self.call()
+            # The others have emptied the caches, which a long call fills by the way.
+            if self.first <= seconds:
+                self.call()
             self.times += _timed(self.call, self.device, seconds)
 
     def result(self) -> Result:
+        """What its turns gave, or why there are none."""
         if self.failure:
             return Result(self.name, self.case, self.failure, self.params)
         p20, median, p80 = np.percentile(self.times, [20, 50, 80]).tolist()

@@ -115,6 +115,16 @@ def test_cost_grows_linearly_with_the_pixels():
     assert (large.flops - head) == 16 * (small.flops - head)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nat-tiny", "s4nd-vit-base", "vim-tiny"])
+def test_so_does_that_of_compared_systems_at_any_size(name):
+    """Class tokens and heads cost the same at any size, S4ND without its Fourier transforms."""
+    sides = (224, 320, 448)
+    small, middle, large = (count_classifier(name, (side, side)).flops for side in sides)
+    per_pixel = (large - small) / (448**2 - 224**2)
+    assert middle - small == pytest.approx(per_pixel * (320**2 - 224**2), rel=1e-9)
+
+
 def test_tensors_without_values_and_real_ones_give_the_same():
     cfg = load_config("configs/sample/upernet_vmamba-sample_ade20k.py")
     real = MODELS.build(deepcopy(cfg.model) | {"_scope_": "mmseg"}).eval()

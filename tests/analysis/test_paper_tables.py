@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mmvmamba.analysis import paper_tables
 from mmvmamba.analysis.paper_tables import (
@@ -16,7 +17,7 @@ from mmvmamba.analysis.paper_tables import (
     find_tables,
     read_tables,
 )
-from mmvmamba.analysis.passes import Case
+from mmvmamba.analysis.passes import PASSES, Case
 from mmvmamba.analysis.throughput import Result
 
 SAMPLE = "mmvmamba::sample/vmamba-sample_imagenet.py"
@@ -37,8 +38,13 @@ def test_rows_of_the_four_tables_are_the_papers():
     assert (row.params, row.flops, row.throughput, row.training) == (66, 15.8, 456, 544)
     assert row.metrics == {"Top-1": 83.8}
     assert [table.name for table in find_tables("2")] == ["2, COCO 1x", "2, COCO 3x", "2, ADE20K"]
-    with pytest.raises(ValueError, match="no table '99' of models, choose from 1, 2, 3, 5, 6"):
-        find_tables("99")
+    assert [table.name for table in find_tables("2, COCO")] == ["2, COCO 1x", "2, COCO 3x"]
+    assert [table.name for table in find_tables("2, ADE20K")] == ["2, ADE20K"]
+    for name in ("99", ""):
+        with pytest.raises(
+            ValueError, match=f"no table '{name}' of models, choose from 1, 2, 3, 5, 6"
+        ):
+            find_tables(name)
 
 
 def test_a_row_of_another_table_is_the_same_model_with_its_own_figures():
@@ -93,23 +99,57 @@ def test_figures_stand_beside_the_papers():
     assert "Timed: inference, fp32, eager, 2x32x32." in made.notes
 
 
-def test_what_tables_share_is_measured_once(monkeypatch):
+def test_what_rows_and_tables_share_is_done_once(monkeypatch):
+    """VMamba-T is prepared once for all rows of a size, and no model is counted or timed twice."""
     calls = []
-    monkeypatch.setattr(
-        paper_tables,
-        "measure_case",
-        lambda subjects, case, *_: [
-            calls.append(subject.name) or Result(subject.name, case, images_per_second=1.0)
-            for subject in subjects
-        ],
-    )
+
+    class Prepared:
+        def __init__(self, subject, case, _):
+            calls.append(f"prepare {subject.name} {case.shape}")
+            self.name, self.case = subject.name, case
+
+    def take_turns(contestants, *_):
+        calls.append(f"time {' and '.join(one.name for one in contestants)}")
+        return [Result(one.name, one.case, images_per_second=1.0) for one in contestants]
+
+    monkeypatch.setattr(paper_tables, "Contestant", Prepared)
+    monkeypatch.setattr(paper_tables, "take_turns", take_turns)
     monkeypatch.setattr(Row, "count", lambda row: calls.append(f"count {row.name}"))
     other = replace(SLOWER, backbone={"with_cp": True})
-    tables = [PaperTable(name, "", (VMAMBA, other)) for name in ("1", "6")]
-    measure = Measurement((64, 48), "cpu", 0.0, 1)
-    found = [measure(table, row, [CASE]) for table in tables for row in table.rows]
-    assert calls == ["count VMamba-T", "VMamba-T", "count Slow-T", "VMamba-T", "Slow-T"]
-    assert {f.timed["inference"][0].case.size for f in found} == {(64, 48)}
+    third = replace(other, name="Large-T", shape=(64, 64), backbone={"with_cp": False})
+    small = replace(VMAMBA, name="VMamba-T at 32")
+    large = replace(VMAMBA, name="VMamba-T at 64", shape=(64, 64))
+    measure = Measurement(torch.device("cpu"), 0.0, 1)
+    for name in ("1", "6"):
+        rows = (third, small, other, large)
+        found = measure(PaperTable(name, "", rows), rows, [CASE], None)
+        assert [f.row.name for f in found] == [row.name for row in rows]
+        assert [f.timed["inference"][0].case.size for f in found] == [row.shape for row in rows]
+        assert found[2].timed["inference"][1].model == "VMamba-T at 32"
+        assert found[0].timed["inference"][1].model == "VMamba-T at 64"
+    assert calls == [
+        *(f"count {name}" for name in ("Large-T", "VMamba-T at 32", "Slow-T", "VMamba-T at 64")),
+        "prepare VMamba-T at 32 2x32x32",
+        "time VMamba-T at 32",
+        "prepare Slow-T 2x32x32",
+        "time VMamba-T at 32 and Slow-T",
+        "prepare VMamba-T at 64 2x64x64",
+        "prepare Large-T 2x64x64",
+        "time VMamba-T at 64 and Large-T",
+        "time VMamba-T at 64",
+    ]
+
+
+def test_all_rows_are_timed_at_a_given_size(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(Row, "count", lambda _: None)
+    monkeypatch.setattr(
+        Measurement, "_time", lambda _, reference, row, case: sizes.append(case.size) or (case,) * 2
+    )
+    monkeypatch.setattr(Measurement, "_measured", lambda *_: None)
+    rows = (VMAMBA, SLOWER)
+    Measurement(torch.device("cpu"), 0.0, 1)(PaperTable("1", "", rows), rows, [CASE], (64, 48))
+    assert sizes == [(64, 48)] * 2
 
 
 @pytest.fixture
@@ -162,6 +202,41 @@ def test_mistakes_are_told(analysis_tool, arguments, message):
     assert message in str(status)
 
 
+@pytest.fixture
+def tool(project):
+    path = project / "tools/analysis_tools/benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["6"], ["inference, fp32, eager, 1x224x224"]),
+        (
+            ["6", "--passes", "inference", "training", "--batch", "2", "--sizes", "5x64x32"],
+            ["inference, fp32, eager, 5x64x32", "training, fp32, eager, 5x64x32"],
+        ),
+        (["2, ADE20K"], ["inference, fp32, eager, 1x224x256"]),
+        (["2, ADE20K", "--sizes", "64"], ["inference, fp32, eager, 1x64x64"]),
+        (["6", "--device", "cuda"], [f"{pass_}, fp32, eager, 128x224x224" for pass_ in PASSES]),
+        (["2, ADE20K", "--device", "cuda"], ["inference, fp32, eager, 128x512x2048"]),
+    ],
+)
+def test_defaults_of_a_table_let_it_take_minutes(tool, arguments, expected):
+    options = tool.parse_arguments(["--device", "cpu", "--table", *arguments])
+    before = vars(options).copy()
+    (table,) = find_tables(options.table)
+    rows, batch, size = tool.choose_rows(options, table)
+    assert rows == list(table.rows)
+    found = tool.cases(options, options.passes or table.passes, [(batch, size or rows[0].shape)])
+    assert [str(case) for case in found] == expected
+    assert (options.seconds, options.rounds) == ((5, 5) if "cuda" in arguments else (0.2, 1))
+    assert vars(options) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,11 +245,7 @@ def test_mistakes_are_told(analysis_tool, arguments, message):
         (["--precision", "fp32", "bf16"], "--table takes one --precision and one --execution"),
     ],
 )
-def test_what_a_table_does_not_take(project, capsys, arguments, message):
-    path = project / "tools/analysis_tools/benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_what_a_table_does_not_take(tool, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         tool.parse_arguments(["--table", "7", *arguments])
     assert stopped.value.code == 2
@@ -182,12 +253,12 @@ def test_what_a_table_does_not_take(project, capsys, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["1", "2", "6", "9"])
+@pytest.mark.parametrize("number", ["1", "2, COCO", "2, ADE20K", "6", "9"])
 def test_every_row_runs(number, analysis_tool):
-    """The four tables on a CPU, on small images."""
-    sizes = ("--sizes", "224") if number == "9" else ("--sizes", "64")
-    fast = ("--seconds", "0", "--rounds", "1", "--batch", "1", "--passes", "inference")
-    status, text = analysis_tool("benchmark", columns=240)("--table", number, *fast, *sizes)
+    """The four tables on a CPU, on images as small as every row takes."""
+    size = "64" if number.startswith("2") else "224"
+    fast = ("--seconds", "0", "--sizes", size)
+    status, text = analysis_tool("benchmark", columns=240)("--table", number, *fast)
     assert status == 0, text
     rows = sum(len(table.rows) for table in find_tables(number))
     assert len(re.findall(r"\d\.\d\d +[\d.-]+ ", text)) >= (rows / 6 if number == "9" else rows)

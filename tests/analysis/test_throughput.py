@@ -279,8 +279,9 @@ def test_a_graph_needs_cuda():
             measure_case([small()], Case("inference", "fp32", 1, (8, 8), execution), CPU, 0)
 
 
-def test_models_take_turns_and_ratios_are_those_of_their_times(monkeypatch):
-    """With a clock that only the models move, 'slow' by 1/4 s a call and 'fast' by 1/16 s."""
+@pytest.fixture
+def slow_and_fast(monkeypatch):
+    """With a clock that only the models move, by 1/4 s and 1/16 s a call; the calls are noted."""
     calls, clock = [], {"time": 0.0}
 
     def model(name, seconds):
@@ -292,8 +293,22 @@ def test_models_take_turns_and_ratios_are_those_of_their_times(monkeypatch):
         return small(name, change=pass_time)
 
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock["time"])
+    return [model("slow", 1 / 4), model("fast", 1 / 16)], calls
+
+
+def test_a_call_longer_than_a_turn_is_not_warmed_up(slow_and_fast):
+    models, calls = slow_and_fast
+    case = Case("inference", "fp32", 1, (16, 16))
+    slow, fast = measure_case(models, case, CPU, seconds=0.375, rounds=3)
+    assert (slow.calls, fast.calls) == (3, 6)
+    # The reference in fp32 and the one that is checked, and in each turn what is timed: of 'fast'
+    # there is one more.
+    assert (calls.count("slow"), calls.count("fast")) == (2 + 3, 2 + 3 + 6)
+
+
+def test_models_take_turns_and_ratios_are_those_of_their_times(slow_and_fast):
+    models, calls = slow_and_fast
     case = Case("inference", "fp32", 4, (16, 16))
-    models = [model("slow", 1 / 4), model("fast", 1 / 16)]
     results = measure_case(models, case, CPU, seconds=1.5, rounds=3)
 
     slow, fast = results
@@ -451,7 +466,8 @@ def test_what_is_no_size(tool, text):
 
 
 def test_default_batches_of_the_cpu(tool):
-    cases = tool.cases(tool.parse_arguments(["--device", "cpu", "--sizes", "224", "7x32x64"]))
+    options = tool.parse_arguments(["--device", "cpu", "--sizes", "224", "7x32x64"])
+    cases = tool.cases(options, options.passes, options.sizes)
     assert [str(case) for case in cases] == [
         "inference, fp32, eager, 1x224x224",
         "inference, fp32, eager, 7x32x64",

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
+from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +20,13 @@ from rich.progress import Progress
 
 from mmvmamba.analysis.activations import Activations, count_activations
 from mmvmamba.analysis.measured import PEERS, Subject
-from mmvmamba.analysis.paper_tables import Measurement, comparison, find_tables
+from mmvmamba.analysis.paper_tables import (
+    Measurement,
+    PaperTable,
+    Row,
+    comparison,
+    find_tables,
+)
 from mmvmamba.analysis.passes import (
     EXECUTIONS,
     MEMORY_FORMATS,
@@ -49,6 +56,12 @@ from mmvmamba.engine.errors import UsageError
 MODELS = ("tiny", "swin-tiny", "convnext-tiny")
 GPU_BATCH = 128
 CPU_BATCHES = {"inference": 1, "training": 4}
+SECONDS = 5.0
+# What lets a table take minutes on a CPU: one image, one pass, a turn each, and of detectors and
+# segmentors, which the paper does not time, a smaller image.
+CPU_TABLE_BATCH, CPU_TABLE_SECONDS, CPU_TABLE_ROUNDS = 1, 0.2, 1
+CPU_TABLE_PASSES = ["inference"]
+CPU_TABLE_SIZE = (224, 256)
 
 Shape = tuple[int | None, tuple[int, int]]
 
@@ -79,15 +92,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--table",
         metavar="NUMBER",
-        help="every row of this table of the paper, its parameters, FLOPs and throughput ratio to "
-        "VMamba-T beside the paper's. Sizes and passes are the table's where they are not given; "
-        "of a table over several sizes (9), --sizes chooses rows",
+        help="every row of this table of the paper, or of its part ('2, COCO', '2, ADE20K'): its "
+        "parameters, FLOPs and throughput ratio to VMamba-T beside the paper's. Sizes and passes "
+        "are the table's where they are not given; on the CPU one image, inference, and "
+        f"{'x'.join(map(str, CPU_TABLE_SIZE))} of detectors and segmentors. Of a table over "
+        "several sizes (9), --sizes chooses rows",
     )
     parser.add_argument(
         "--passes",
         nargs="+",
         choices=PASSES,
-        help="(default: both; of a table, those that the paper times)",
+        help="(default: both; of a table, those that the paper times, on the CPU inference)",
     )
     parser.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)"
@@ -111,7 +126,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--batch",
         type=int,
-        help=f"images in a batch (default: {GPU_BATCH}; on the CPU 1, in training 4)",
+        help=f"images in a batch (default: {GPU_BATCH}; on the CPU 1, in training 4, of a table 1)",
     )
     parser.add_argument(
         "--sizes",
@@ -140,10 +155,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="time for each model and case (default: 5)"
+        "--seconds",
+        type=float,
+        help=f"time for each model and case (default: {SECONDS:g}; of a table on the CPU "
+        f"{CPU_TABLE_SECONDS:g}, but a call at least)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=ROUNDS, help=f"turns that it is split in (default: {ROUNDS})"
+        "--rounds",
+        type=int,
+        help=f"turns that it is split in (default: {ROUNDS}; of a table on the CPU "
+        f"{CPU_TABLE_ROUNDS})",
     )
     parser.add_argument("--csv", type=Path, help="append the results to this file")
     parser.add_argument("--plot", type=Path, help="draw the results over --sizes into this picture")
@@ -156,8 +177,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--section", default="measured", help="(default: measured)")
     add_cfg_options(parser)
     options = parser.parse_args(arguments)
-    if min(options.rounds, 1 if options.batch is None else options.batch) < 1:
+    if any(number is not None and number < 1 for number in (options.rounds, options.batch)):
         parser.error("--rounds and --batch must be at least 1")
+    table_on_cpu = options.table and options.device.type == "cpu"
+    if options.seconds is None:
+        options.seconds = CPU_TABLE_SECONDS if table_on_cpu else SECONDS
+    if options.rounds is None:
+        options.rounds = CPU_TABLE_ROUNDS if table_on_cpu else ROUNDS
     if options.table:
         given = {"models": options.models, "--plot": options.plot, "--csv": options.csv}
         given |= {"--activations": options.activations, "--backbone-only": options.backbone_only}
@@ -167,6 +193,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--table has its own models and form: leave out {', '.join(wrong)}")
         if len(options.precision) > 1 or len(options.execution) > 1:
             parser.error("--table takes one --precision and one --execution")
+        if table_on_cpu:
+            options.batch = options.batch or CPU_TABLE_BATCH
+            options.passes = options.passes or CPU_TABLE_PASSES
         return options
     options.models = options.models or list(MODELS)
     options.passes = options.passes or list(PASSES)
@@ -191,17 +220,17 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     ]
 
 
-def cases(options: argparse.Namespace) -> list[Case]:
+def cases(options: argparse.Namespace, passes: Sequence[str], sizes: Sequence[Shape]) -> list[Case]:
     def default_batch(passes: str) -> int:
         on_gpu = options.activations or options.device.type == "cuda"
         return options.batch or (GPU_BATCH if on_gpu else CPU_BATCHES[passes])
 
     return [
-        Case(passes, precision, batch or default_batch(passes), size, execution, format_)
-        for passes in (["training"] if options.activations else options.passes)
+        Case(pass_, precision, batch or default_batch(pass_), size, execution, format_)
+        for pass_ in passes
         for precision in options.precision
         for execution in (["eager"] if options.activations else options.execution)
-        for batch, size in options.sizes
+        for batch, size in sizes
         for format_ in [options.memory_format]
     ]
 
@@ -233,7 +262,9 @@ def check(options: argparse.Namespace, todo: Sequence[Case], about: dict[str, st
 
 
 def benchmark(options: argparse.Namespace) -> None:
-    models, todo = subjects(options), cases(options)
+    models = subjects(options)
+    passes = ["training"] if options.activations else options.passes
+    todo = cases(options, passes, options.sizes)
     if not options.activations:
         check_cases(options, [case_of(*pair) for pair in itertools.product(models, todo)])
     about = machine(options.device)
@@ -276,42 +307,58 @@ def benchmark_table(options: argparse.Namespace) -> None:
         raise UsageError(f"--table: {error}") from error
     if options.markdown:
         find_section(options.markdown, options.section)
+    parts = []
+    for table in tables:
+        rows, batch, size = choose_rows(options, table)
+        todo = cases(options, options.passes or table.passes, [(batch, size or rows[0].shape)])
+        check_cases(options, todo)
+        parts.append((table, rows, todo, size))
+
     about = machine(options.device)
     console = Console()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-    given, shapes = options.passes, options.sizes or []
-    found, results, failures = [], None, 0
-    for table in tables:
-        # Rows of several sizes are chosen by them, rows of one are timed at one.
-        several = len({row.shape for row in table.rows}) > 1
-        wanted = {size for _, size in shapes}
-        rows = [row for row in table.rows if not (several and wanted) or row.shape in wanted]
-        if not rows or (not several and len(wanted) > 1):
-            sizes = ", ".join(dict.fromkeys(f"{h}x{w}" for h, w in (r.shape for r in table.rows)))
-            raise UsageError(
-                f"--sizes: table {table.name} is measured at one size, or its rows are of {sizes}."
-            )
-        options.passes = given or list(table.passes)
-        # Each row's case gets its size from the row, where there are several.
-        options.sizes = shapes[:1] or [(None, rows[0].shape)]
-        todo = cases(options)
-        size = options.sizes[0][1] if wanted and not several else None
-        if results is None:
-            check_cases(options, todo)
-            results = Measurement(size, options.device, options.seconds, options.rounds)
-        measured = []
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("", total=len(rows))
-            for row in rows:
-                progress.update(task, description=row.name)
-                measured.append(results(table, row, todo))
-                progress.advance(task)
-        found.append(comparison(table, measured, todo))
-        failures += sum(bool(row.failures) for row in measured)
-        console.print(found[-1].rich())
-    report(options, [], found, about)
+    measure = Measurement(options.device, options.seconds, options.rounds)
+    found, failures = [], 0
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        steps = sum(len(rows) * (1 + len(todo)) for _, rows, todo, _ in parts)
+        task = progress.add_task("", total=steps)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        for table, rows, todo, size in parts:
+            measured = measure(table, rows, todo, size, advance)
+            found.append(comparison(table, measured, todo))
+            failures += sum(bool(row.failures) for row in measured)
+            console.print(found[-1].rich())
+            # After every part: one may take many minutes.
+            report(options, [], found, about)
     if failures:
         raise UsageError(f"{failures} rows failed, see above.")
+
+
+def choose_rows(
+    options: argparse.Namespace, table: PaperTable
+) -> tuple[list[Row], int | None, tuple[int, int] | None]:
+    """Which rows are measured, in which batch, and at which size, if not each at its own.
+
+    Rows of several sizes are chosen by them, rows of one are timed at one.
+    """
+    given = options.sizes or []
+    wanted, own = {size for _, size in given}, dict.fromkeys(row.shape for row in table.rows)
+    several = len(own) > 1
+    rows = [row for row in table.rows if not several or not wanted or row.shape in wanted]
+    if not rows or (not several and len(wanted) > 1):
+        sizes = ", ".join(f"{height}x{width}" for height, width in own)
+        raise UsageError(
+            f"--sizes: table {table.name} is measured at one size, or its rows are of {sizes}."
+        )
+    batch, size = given[0] if given else (None, None)
+    if several:
+        return rows, batch, None
+    if size is None and options.device.type == "cpu" and prod(rows[0].shape) > prod(CPU_TABLE_SIZE):
+        size = CPU_TABLE_SIZE
+    return rows, batch, size
 
 
 def measure(options: argparse.Namespace, models: Sequence[Subject], case: Case, advance) -> list:
