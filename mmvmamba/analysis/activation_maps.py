@@ -16,9 +16,13 @@ Three kinds of weights between a query t and a position i:
 Pictures have the mean over channels, and the sum over paths where paths are combined, since the
 mixer sums them. Position t's own weight has w_t / w_t = 1: the diagonals of the first two kinds are
 equal. The paper drops the skip connection D, and so is it here.
+
+Vim's two scans go forward and backward along the patches, row by row. Its class token stands in the
+middle of them: as a query, it shows what the prediction takes from each patch. What other queries
+take from the token is in the matrices only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvmamba.analysis.scan_patterns import ListedPath, path_name, path_positions, paths_of
+from mmvmamba.models import VisionMamba
+from mmvmamba.models.compared.vision_mamba import BidirectionalMixer, insert_in_the_middle
 from mmvmamba.models.ss2d import SS2D, Mamba2Mixer, convolve
 from mmvmamba_kernels.patterns import Path
 
@@ -40,6 +46,9 @@ TITLES = {
 
 Kind = Literal["qk", "weighted", "contribution"]
 
+# Row and column in the map; None for the class token.
+Query = tuple[int, int] | None
+
 
 @dataclass(frozen=True)
 class PathScan:
@@ -47,7 +56,8 @@ class PathScan:
 
     Attributes:
         name: What the path is called.
-        positions: (S, L), the map's position `row * width + column` that each step reads.
+        positions: (S, L), the map's position `row * width + column` that each step reads, or
+            `height * width` for a class token.
         outputs: (S, L), the position to which each step's output is added. These are the same but
             for the reversed paths of 'cascade2d', whose outputs are not turned back.
         Q: (S, L, N), which is C.
@@ -117,17 +127,24 @@ class Scan:
         paths: Its K paths.
         height: H of the map.
         width: W of the map.
+        class_token: Whether the sequences have one position more.
     """
 
     paths: tuple[PathScan, ...]
     height: int
     width: int
+    class_token: bool = False
 
-    def maps(self, query: tuple[int, int], kind: Kind) -> Tensor:
-        """The weights of all positions for a query.
+    @property
+    def positions(self) -> int:
+        """How many there are, a class token with them."""
+        return self.height * self.width + self.class_token
+
+    def maps(self, query: Query, kind: Kind) -> Tensor:
+        """The weights of all positions of the map for a query.
 
         Args:
-            query: Row and column in the map.
+            query: Row and column in the map, or None for the class token.
             kind: One of `KINDS`.
 
         Returns:
@@ -135,26 +152,39 @@ class Scan:
             that of a path which does not visit the query is zero.
 
         Raises:
-            ValueError: If the query lies outside of the map or the kind is unknown.
+            ValueError: If the query lies outside of the map, there is no class token, or the kind
+                is unknown.
         """
         return self.channel_maps(query, kind).mean(-1)
 
-    def channel_maps(self, query: tuple[int, int], kind: Kind) -> Tensor:
+    def channel_maps(self, query: Query, kind: Kind) -> Tensor:
         """As `maps`, with each channel's weights: (K, H, W, D), or (K, H, W, 1) for 'qk'."""
-        row, column = query
-        if not (0 <= row < self.height and 0 <= column < self.width):
-            raise ValueError(f"the query {query} lies outside of {self.height}x{self.width}.")
+        position = self._position(query)
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown: choose from {', '.join(KINDS)}.")
         found = []
         for path in self.paths:
-            step = path.find(row * self.width + column)
+            step = path.find(position)
             channels = 1 if kind == "qk" else path.dt.shape[-1]
-            flat = path.dt.new_zeros(self.height * self.width, channels)
+            flat = path.dt.new_zeros(self.positions, channels)
             if step is not None:
                 flat[path.positions[step[0], : step[1] + 1]] = path.row(*step, kind)
-            found.append(flat.unflatten(0, (self.height, self.width)))
+            found.append(self._to_map(flat))
         return torch.stack(found)
+
+    def _position(self, query: Query) -> int:
+        if query is None:
+            if not self.class_token:
+                raise ValueError("the model has no class token that could be the query.")
+            return self.height * self.width
+        row, column = query
+        if not (0 <= row < self.height and 0 <= column < self.width):
+            raise ValueError(f"the query {query} lies outside of {self.height}x{self.width}.")
+        return row * self.width + column
+
+    def _to_map(self, flat: Tensor) -> Tensor:
+        """(positions, ...) to (H, W, ...), without the class token."""
+        return flat[: self.height * self.width].unflatten(0, (self.height, self.width))
 
     def diagonals(self, kind: Kind) -> Tensor:
         """Every position's own weight: (K, H, W), the mean over channels, for each path."""
@@ -163,18 +193,21 @@ class Scan:
             own = (path.Q * path.K).sum(-1)
             if kind == "contribution":
                 own = own * path.dt.mean(-1)
-            flat = own.new_zeros(self.height * self.width)
+            flat = own.new_zeros(self.positions)
             flat[path.positions.flatten()] = own.flatten()
-            found.append(flat.unflatten(0, (self.height, self.width)))
+            found.append(self._to_map(flat))
         return torch.stack(found)
 
     def aligned(self, path: int, matrix: Tensor) -> Tensor:
-        """A path's attention matrix with rows and columns in row-major order of the map."""
+        """A path's attention matrix with rows and columns in row-major order of the map.
+
+        A class token comes last.
+        """
         taken = self.paths[path]
         outputs, positions = (
             place.flatten().to(matrix.device) for place in (taken.outputs, taken.positions)
         )
-        found = matrix.new_zeros((self.height * self.width,) * 2)
+        found = matrix.new_zeros((self.positions,) * 2)
         found[outputs[:, None], positions] = matrix[: len(outputs), : len(positions)]
         return found
 
@@ -258,6 +291,42 @@ def _along_path(given: Driven, k: int) -> PathScan:
     return PathScan(path_name(path), positions, outputs, Q, K, dt, given.A[k], x)
 
 
+@torch.no_grad()
+def scan_of_sequence(mixer: BidirectionalMixer, x: Tensor, size: tuple[int, int]) -> Scan:
+    """Computes what Vim's mixer scans.
+
+    Args:
+        mixer: The mixer.
+        x: What it is given, (B, L, C); the first image is taken.
+        size: Height and width in patches. With one token more, that is the class token.
+
+    Returns:
+        The scan, of a forward and a backward path.
+    """
+    x, dt, B, C, _ = (part[0].double() for part in mixer.drive(x[:1]))
+    dt = F.softplus(dt + mixer.step_bias.double()[:, None])
+    patches = size[0] * size[1]
+    order = torch.arange(patches, device=x.device)
+    class_token = x.shape[-1] > patches
+    if class_token:
+        token = order.new_full((1, 1, 1), patches)
+        order = insert_in_the_middle(order[None, :, None], token).flatten()
+    paths = [
+        PathScan(name, positions, positions, *(part.mT[None] for part in (q, k, steps)), rates, u)
+        for name, positions, q, k, steps, rates, u in zip(
+            ("forward", "backward"),
+            (order[None], order.flip(0)[None]),
+            C,
+            B,
+            dt.chunk(2),
+            mixer.rates.double().chunk(2),
+            (half.mT[None] for half in x.chunk(2)),
+            strict=True,
+        )
+    ]
+    return Scan(tuple(paths), *size, class_token)
+
+
 @dataclass(frozen=True)
 class Mixed:
     """A mixer of a model and what it was given for an image.
@@ -266,16 +335,20 @@ class Mixed:
         stage: The stage, from 1.
         block: The block within it, from 1.
         mixer: The mixer.
-        x: (1, H, W, C).
+        x: (1, H, W, C), or Vim's sequence, (1, L, C).
+        size: H and W of the map.
     """
 
     stage: int
     block: int
-    mixer: SS2D | Mamba2Mixer
+    mixer: SS2D | Mamba2Mixer | BidirectionalMixer
     x: Tensor
+    size: tuple[int, int]
 
     def scan(self) -> Scan:
         """What it scanned."""
+        if isinstance(self.mixer, BidirectionalMixer):
+            return scan_of_sequence(self.mixer, self.x, self.size)
         return scan_of(self.mixer, self.x)
 
 
@@ -284,33 +357,38 @@ def capture(model: nn.Module, image: Tensor) -> list[Mixed]:
     """Runs a model on an image and keeps what its mixers are given.
 
     Args:
-        model: A module with a VMamba in it, in evaluation mode.
+        model: A module with a VMamba or a VisionMamba in it, in evaluation mode.
         image: (3, H, W).
 
     Returns:
-        The mixers, in the order in which they stand in the model.
+        The mixers, in the order in which they stand in the model. Vim's are blocks of one stage.
 
     Raises:
         ValueError: If the model has none.
     """
     found: list[Mixed] = []
+    grids: list[tuple[int, int]] = []
     hooks = []
     for name, module in model.named_modules():
-        if isinstance(module, (SS2D, Mamba2Mixer)):
-            # ...layers.STAGE.blocks.BLOCK.op
-            *_, stage, _, block, _ = name.split(".")
-            place = int(stage) + 1, int(block) + 1
+        if isinstance(module, VisionMamba):
             hooks.append(
                 module.register_forward_pre_hook(
-                    lambda mixer, given, place=place: found.append(
-                        Mixed(*place, mixer, given[0][:1])
-                    )
+                    lambda vim, given: grids.append(vim.grid_of(given[0].shape[-2:]))
                 )
             )
+        elif isinstance(module, BidirectionalMixer):
+            # ...layers.BLOCK.mixer
+            *_, block, _ = name.split(".")
+            hooks.append(module.register_forward_pre_hook(_keep(found, 1, int(block) + 1, grids)))
+        elif isinstance(module, (SS2D, Mamba2Mixer)):
+            # ...layers.STAGE.blocks.BLOCK.op
+            *_, stage, _, block, _ = name.split(".")
+            keep = _keep(found, int(stage) + 1, int(block) + 1)
+            hooks.append(module.register_forward_pre_hook(keep))
     if not hooks:
         raise ValueError(
             f"{type(model).__name__} has no selective scan to look at: activation maps are "
-            "VMamba's. Effective receptive fields (erf.py) compare it with others."
+            "VMamba's and Vim's. Effective receptive fields (erf.py) compare them with others."
         )
     try:
         model(image[None])
@@ -320,24 +398,37 @@ def capture(model: nn.Module, image: Tensor) -> list[Mixed]:
     return found
 
 
-def arrays(scan: Scan, query: tuple[int, int], longest: int) -> dict[str, np.ndarray]:
+def _keep(
+    found: list[Mixed], stage: int, block: int, grids: Sequence[tuple[int, int]] = ()
+) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    """A hook that keeps what a mixer is given; of a sequence, the grid tells height and width."""
+
+    def hook(mixer: nn.Module, given: tuple[Tensor]) -> None:
+        x = given[0][:1]
+        size = grids[-1] if grids else tuple(x.shape[1:3])
+        found.append(Mixed(stage, block, mixer, x, size))
+
+    return hook
+
+
+def arrays(scan: Scan, query: Query, longest: int) -> dict[str, np.ndarray]:
     """All that is drawn of a scan, for `np.savez`.
 
     Args:
         scan: The scan.
-        query: Row and column in the map.
-        longest: Attention matrices are left out where the map has more positions.
+        query: Row and column in the map, or None for the class token.
+        longest: Attention matrices are left out where there are more positions.
 
     Returns:
-        'query', and for each kind 'map_KIND' and 'diagonal_KIND', (K, H, W), and
-        'matrix_KIND', (K, L, L), in float32 and in the order of each path, with zeros at the end of
-        shorter ones.
+        'query', which is empty for the class token, and for each kind 'map_KIND' and
+        'diagonal_KIND', (K, H, W), and 'matrix_KIND', (K, L, L), in float32 and in the order of
+        each path, with zeros at the end of shorter ones.
     """
-    found = {"query": np.array(query)}
+    found = {"query": np.array(query or (), dtype=int)}
     for kind in KINDS:
         found[f"map_{kind}"] = scan.maps(query, kind).cpu().numpy()
         found[f"diagonal_{kind}"] = scan.diagonals(kind).cpu().numpy()
-        if scan.height * scan.width <= longest:
+        if scan.positions <= longest:
             longest_path = max(path.positions.numel() for path in scan.paths)
             matrices = []
             for path in scan.paths:
@@ -375,7 +466,7 @@ def draw_maps(image: np.ndarray, found: dict[str, np.ndarray], names: Sequence[s
             _show(axes, values, found)
         for axes, name in zip(row[2:], names, strict=True):
             axes.set_title(name, fontsize="small")
-    grid[0, 0].set_title("image and query", fontsize="small")
+    grid[0, 0].set_title(_query_title(found), fontsize="small")
     return figure
 
 
@@ -399,7 +490,7 @@ def draw_matrices(scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], t
     figure.suptitle(title)
     grid = figure.subplots(4, columns)
     _show_image(grid[0, 0], image, found)
-    grid[0, 0].set_title("image and query", fontsize="small")
+    grid[0, 0].set_title(_query_title(found), fontsize="small")
     diagonals = ("qk", "contribution")
     for axes, kind in zip(grid[0, 1:], diagonals, strict=False):
         _show(axes, found[f"diagonal_{kind}"].sum(0), found)
@@ -430,15 +521,20 @@ def draw_matrices(scan: Scan, image: np.ndarray, found: dict[str, np.ndarray], t
 def _show_image(axes, image: np.ndarray, found: dict[str, np.ndarray]) -> None:
     axes.imshow(image)
     height, width = found["map_qk"].shape[1:]
-    row, column = (found["query"] + 0.5) * (image.shape[0] / height, image.shape[1] / width)
-    axes.plot(column - 0.5, row - 0.5, "*", color="red", markeredgecolor="white", markersize=12)
+    if found["query"].size:
+        row, column = (found["query"] + 0.5) * (image.shape[0] / height, image.shape[1] / width)
+        axes.plot(column - 0.5, row - 0.5, "*", color="red", markeredgecolor="white", markersize=12)
     _bare(axes)
+
+
+def _query_title(found: dict[str, np.ndarray]) -> str:
+    return "image and query" if found["query"].size else "image; class token"
 
 
 def _show(axes, values: np.ndarray, found: dict[str, np.ndarray] | None = None) -> None:
     magnitude = np.abs(values)
     axes.imshow(magnitude / max(magnitude.max(), np.finfo(float).tiny), vmin=0, vmax=1)
-    if found is not None:
+    if found is not None and found["query"].size:
         row, column = found["query"]
         axes.plot(column, row, "*", color="red", markeredgecolor="white", markersize=9)
     _bare(axes)

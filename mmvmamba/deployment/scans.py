@@ -18,8 +18,10 @@ from mmvmamba.deployment.deployable import Deployable
 from mmvmamba.deployment.export import backbone_of, example_for, trace, write
 from mmvmamba.deployment.models import deployable
 from mmvmamba.deployment.record import Record, scans_path
+from mmvmamba.engine.errors import UsageError
 from mmvmamba.engine.tasks import scope_of
 from mmvmamba.models.checkpoint import read_checkpoint
+from mmvmamba.models.compared.vision_mamba import BidirectionalMixer
 
 PARTS = ("Q", "K", "dt", "A")
 """What is given of each stage; see `mmvmamba.analysis.activation_maps.Driven`."""
@@ -49,8 +51,16 @@ class Scans(nn.Module):
         return tuple(getattr(one, part).float() for one in given for part in PARTS)
 
     def last_blocks(self, images: Tensor) -> list[Mixed]:
-        """The last block of each stage, and what it is given."""
+        """The last block of each stage, and what it is given.
+
+        Raises:
+            UsageError: If the model is Vim, whose scans go along a sequence.
+        """
         found = capture(backbone_of(self.model), self.model.normalised(images)[0])
+        if any(isinstance(mixed.mixer, BidirectionalMixer) for mixed in found):
+            raise UsageError(
+                "--activation-maps: the page draws VMamba's scans, which go over a map."
+            )
         # Later blocks of a stage take the place of earlier ones.
         return list({mixed.stage: mixed for mixed in found}.values())
 

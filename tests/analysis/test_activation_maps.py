@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mmvmamba.analysis import activation_maps
-from mmvmamba.analysis.activation_maps import KINDS, PathScan, Scan, capture, scan_of
-from mmvmamba.models import VMamba
+from mmvmamba.analysis.activation_maps import (
+    KINDS,
+    PathScan,
+    Scan,
+    capture,
+    scan_of,
+    scan_of_sequence,
+)
+from mmvmamba.models import VisionMamba, VMamba
+from mmvmamba.models.compared.vision_mamba import Arch, BidirectionalMixer
 from mmvmamba.models.ss2d import SCANS, SS2D, Mamba2Mixer, convolve
 from mmvmamba_kernels.testing import paths, selective_scan_2d_oracle, selective_scan_oracle
 
@@ -173,6 +181,88 @@ def test_capture_finds_every_block_and_its_input():
     assert isinstance(found[2].scan(), Scan)
 
 
+def vim_matrices(mixer, x):
+    """Vim's two scans of (L, C) in float64, as matrices (D, L, L) that are multiplied out.
+
+    Returns:
+        For each direction, what each output takes from each input, and the inputs (L, D); in the
+        sequence's own order.
+    """
+    found = []
+    both = x @ mixer.in_proj.weight.mT
+    for end, turn in (("", False), ("_b", True)):
+        conv, x_proj, dt_proj = (
+            getattr(mixer, f"{n}{end}") for n in ("conv1d", "x_proj", "dt_proj")
+        )
+        u = both.chunk(2, -1)[0]
+        u = u.flip(0) if turn else u
+        u = F.silu(conv(u.mT[None])[0, :, : len(x)]).mT
+        low_rank, b, c = x_proj(u).split([mixer.dt_rank, mixer.d_state, mixer.d_state], -1)
+        dt = F.softplus(dt_proj(low_rank))
+        rates = -getattr(mixer, f"A{end}_log").exp()
+        matrix = torch.zeros(u.shape[1], len(x), len(x), dtype=torch.float64)
+        for i in range(len(x)):
+            state = dt[i, :, None] * b[i]
+            for t in range(i, len(x)):
+                state = state * (rates * dt[t, :, None]).exp() if t > i else state
+                matrix[:, t, i] = (state * c[t]).sum(-1)
+        found.append((matrix.flip(1, 2), u.flip(0)) if turn else (matrix, u))
+    return found
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@torch.no_grad()
+def test_vims_maps_are_the_rows_of_its_matrices(class_token):
+    mixer = BidirectionalMixer(8, Arch(8, d_state=3)).double()
+    for parameter in mixer.parameters():
+        parameter.add_(torch.randn_like(parameter) / 3)
+    length, token = HEIGHT * WIDTH + class_token, HEIGHT * WIDTH // 2
+    x = torch.randn(length, 8, dtype=torch.float64)
+    matrices = vim_matrices(mixer, x)
+    # They are the mixer's: with its skips, gate and mean they give what it gives.
+    skips = (mixer.D, mixer.D_b)
+    y = sum(
+        torch.einsum("dti,id->td", m, u) + d * u for (m, u), d in zip(matrices, skips, strict=True)
+    )
+    gate = (x @ mixer.in_proj.weight.mT).chunk(2, -1)[1]
+    expected = (y * F.silu(gate) / 2) @ mixer.out_proj.weight.mT
+    torch.testing.assert_close(mixer(x[None])[0], expected, rtol=1e-8, atol=1e-8)
+
+    found = scan_of_sequence(mixer, x[None], (HEIGHT, WIDTH))
+    patches = [i for i in range(length) if not class_token or i != token]
+    for query, step in (
+        ((0, 0), patches[0]),
+        (QUERY, patches[QUERY[0] * WIDTH + QUERY[1]]),
+        *([(None, token)] if class_token else []),
+    ):
+        maps = found.channel_maps(query, "contribution")
+        for k, (matrix, _) in enumerate(matrices):
+            row = matrix[:, step, patches].mT.unflatten(0, (HEIGHT, WIDTH))
+            torch.testing.assert_close(maps[k], row, rtol=1e-8, atol=1e-12)
+    # In the order of the map, the token last.
+    order = [*patches, *([token] if class_token else [])]
+    for k, (matrix, _) in enumerate(matrices):
+        aligned = found.aligned(k, found.paths[k].matrix("contribution"))
+        expected = matrix.mean(0)[order][:, order]
+        torch.testing.assert_close(aligned, expected, rtol=1e-8, atol=1e-12)
+        own = expected.diagonal()[: HEIGHT * WIDTH].view(HEIGHT, WIDTH)
+        torch.testing.assert_close(found.diagonals("contribution")[k], own, rtol=1e-8, atol=1e-12)
+    if not class_token:
+        with pytest.raises(ValueError, match="no class token that could be the query"):
+            found.maps(None, "qk")
+
+
+def test_vims_blocks_are_captured_with_the_map_that_their_sequence_is_of():
+    model = VisionMamba({"dims": 8, "depth": 3}, patch_size=8, stride=4, out_type="featmap").eval()
+    found = capture(model, torch.randn(3, 24, 36))
+    assert [(mixed.stage, mixed.block) for mixed in found] == [(1, 1), (1, 2), (1, 3)]
+    assert {mixed.size for mixed in found} == {(5, 8)}
+    assert found[0].x.shape == (1, 5 * 8 + 1, 8)
+    scan = found[2].scan()
+    assert (scan.height, scan.width, scan.class_token) == (5, 8, True)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_models_without_scans_are_refused():
     with pytest.raises(ValueError, match="Conv2d has no selective scan"):
         capture(torch.nn.Conv2d(3, 3, 1), torch.zeros(3, 8, 8))
@@ -249,9 +339,29 @@ def test_command_line(run_tool, tmp_path, config):
             assert (tmp_path / f"activation_maps/{picture}.png").stat().st_size > 10_000
 
 
+def test_command_line_of_vim(run_tool, tmp_path):
+    config = tmp_path / "small.py"
+    config.write_text(
+        '_base_ = "mmvmamba::vim/vim-tiny_8xb128_in1k.py"\n'
+        "model = dict(backbone=dict(arch=dict(_delete_=True, dims=16, depth=2)))\n"
+    )
+    status, _ = run_tool(str(config), "image.png", "--size", "64", "96", "--class-token")
+    assert status == 0
+    data = np.load(tmp_path / "activation_maps/stage1_block2.npz")
+    assert data["map_weighted"].shape == (2, 4, 6)
+    assert data["matrix_qk"].shape == (2, 25, 25)
+    assert data["query"].tolist() == []
+    # The token in the middle is reached from both ends.
+    for k, reached in enumerate(data["map_qk"] != 0):
+        assert reached.flatten().tolist() == [(i < 12) != bool(k) for i in range(24)]
+    for picture in ("stage1_block2", "stage1_block2_attention"):
+        assert (tmp_path / f"activation_maps/{picture}.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([CONFIGS[0], "image.png", "--class-token"], "--class-token: the model has no class token"),
         (["resnet18", "image.png"], "has no selective scan"),
         (["tiny", "nothing.png"], "no image or folder nothing.png"),
         (["tiny", "image.png", "--query", "500", "2"], "--query 500 2 lies outside of the image"),

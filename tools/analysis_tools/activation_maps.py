@@ -27,7 +27,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         description="Draw the activation maps of a query, the attention matrices and their "
         "diagonals, for each scan path and combined (paper, figures 5, 8 and 9)."
     )
-    parser.add_argument("model", help="a config of any task, or an arch of VMamba")
+    parser.add_argument(
+        "model", help="a config of any task, an arch of VMamba, or vim-tiny, -small or -base"
+    )
     parser.add_argument("image", help="a picture; it is scaled and cut to --size")
     parser.add_argument("--checkpoint", help="weights; random ones without it")
     parser.add_argument(
@@ -38,10 +40,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="the position in pixels of the scaled and cut image (default: the centre)",
     )
     parser.add_argument(
+        "--class-token",
+        action="store_true",
+        help="of Vim's classifiers: the class token is the query",
+    )
+    parser.add_argument(
         "--at",
         nargs="+",
         metavar="STAGE.BLOCK",
-        help="which blocks, counted from 1, as 3.8; 'all' (default: the last of each stage)",
+        help="which blocks, counted from 1, as 3.8; Vim has one stage, 1.1 to 1.24; 'all' "
+        "(default: the last of each stage)",
     )
     parser.add_argument(
         "--size", type=int, nargs="+", default=[224], help="height and width, or one number"
@@ -60,6 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if len(options.size) > 2 or min(options.size) < 1:
         parser.error("--size takes a height and a width, or one number for both")
+    if options.class_token and options.query:
+        parser.error("--query and --class-token: give one")
     return options
 
 
@@ -98,8 +108,11 @@ def show(options: argparse.Namespace) -> None:
     name = Path(options.model.rpartition("::")[2]).stem
     for mixed in track(found, "scanning", console=Console(stderr=True), transient=True):
         scan = mixed.scan()
-        cell = tuple(at * n // s for at, n, s in zip(query, mixed.x.shape[1:3], size, strict=True))
-        data = arrays(scan, cell, options.longest)
+        cell = tuple(at * n // s for at, n, s in zip(query, mixed.size, size, strict=True))
+        try:
+            data = arrays(scan, None if options.class_token else cell, options.longest)
+        except ValueError as error:
+            raise UsageError(f"--class-token: {error}") from error
         file = options.out / f"stage{mixed.stage}_block{mixed.block}"
         title = f"{name}, {weights}: stage {mixed.stage}, block {mixed.block}"
         names = [scanned.name for scanned in scan.paths]

@@ -103,8 +103,13 @@ class BidirectionalMixer(KeepsFloat32, nn.Module):
             self.dt_proj.bias.copy_(inverse_softplus_of_log_uniform((inner,)))
             self.dt_proj_b.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mixes a sequence, (B, L, C) to (B, L, C)."""
+    def drive(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What drives both scans of a sequence (B, L, C), the one on the way back in its own order.
+
+        Returns:
+            Inputs and, before bias and softplus, time steps (B, 2 D, L), whose second half is the
+            way back's; B and C, (B, 2, N, L); and the gate, (B, D, L) in the sequence's order.
+        """
         x, gate = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
         # Both directions at once, as two groups of channels: (B, 2D, L).
         x = torch.cat([x, x.flip(-1)], dim=1)
@@ -117,15 +122,24 @@ class BidirectionalMixer(KeepsFloat32, nn.Module):
         projected = torch.stack([p.weight for p in x_projs]) @ x.unflatten(1, (2, -1))
         dt, b, c = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         dt = torch.stack([p.weight for p in dt_projs]) @ dt
+        return x, dt.flatten(1, 2), b, c, gate
+
+    @property
+    def step_bias(self) -> Tensor:
+        """The time steps' bias, (2 D,)."""
+        return torch.cat([self.dt_proj.bias, self.dt_proj_b.bias])
+
+    @property
+    def rates(self) -> Tensor:
+        """A, (2 D, N), negative."""
+        return -torch.cat([self.A_log, self.A_b_log]).exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixes a sequence, (B, L, C) to (B, L, C)."""
+        x, dt, b, c, gate = self.drive(x)
+        skip = torch.cat([self.D, self.D_b])
         y = selective_scan(
-            with_range(x),
-            dt.flatten(1, 2),
-            -torch.cat([self.A_log, self.A_b_log]).exp(),
-            b,
-            c,
-            torch.cat([self.D, self.D_b]),
-            torch.cat([p.bias for p in dt_projs]),
-            delta_softplus=True,
+            with_range(x), dt, self.rates, b, c, skip, self.step_bias, delta_softplus=True
         )
         forward, backward = y.chunk(2, dim=1)
         y = (forward + backward.flip(-1)) * F.silu(gate) / 2
@@ -229,7 +243,8 @@ class VisionMamba(Backbone):
         self.with_cls_token, self.rope, self.out_type = with_cls_token, rope, out_type
         stride = patch_size if stride is None else stride
         sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.grid = tuple((side - patch_size) // stride + 1 for side in sides)
+        self.stride = stride
+        self.grid = self.grid_of(sides)
         # The coarsest map of the pyramid takes two patches for one.
         self.min_size = patch_size + (stride if fpn else 0)
 
@@ -254,6 +269,11 @@ class VisionMamba(Backbone):
         for block in self.layers[self.out_indices[-1] + 1 :]:
             block.requires_grad_(False)
         self._register_load_state_dict_pre_hook(self._fit_positions)
+
+    def grid_of(self, sides: Sequence[int]) -> tuple[int, int]:
+        """Height and width in patches of an image of a height and width in pixels."""
+        height, width = ((side - self.patch_size) // self.stride + 1 for side in sides)
+        return height, width
 
     @classmethod
     def find_arch(cls, arch: str | dict) -> Arch:
