@@ -1,6 +1,6 @@
 # S4ND-ConvNeXt-T with the released recipe (convnext/convnext_timm_tiny_s4nd_imagenet.yaml below
-# configs/experiment/s4nd of state-spaces/s4, with the command in its README): batch 3840, 20 epochs of
-# warm-up, learning rate 4e-3 but 1e-3 for all of a kernel, weight decay 0.05, no moving average.
+# configs/experiment/s4nd of state-spaces/s4, with the command in its README): batch 3840, 20 epochs
+# of warm-up, learning rate 4e-3 but 1e-3 for all of a kernel, weight decay 0.05, no moving average.
 _base_ = [
     "../_base_/models/classifier_s4nd-convnext.py",
     "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",

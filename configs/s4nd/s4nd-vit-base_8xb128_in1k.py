@@ -1,7 +1,7 @@
-# S4ND-ViT-B with the released recipe (vit/vit_b_16_s4_imagenet_v2.yaml below configs/experiment/s4nd of
-# state-spaces/s4): batch 1024, learning rate 1e-3, 10 epochs of warm-up, weight decay 0.03, an
-# exponential moving average of the weights (0.99996). The released runs went on for ten epochs at the
-# last learning rate, which this one does not.
+# S4ND-ViT-B with the released recipe (vit/vit_b_16_s4_imagenet_v2.yaml below
+# configs/experiment/s4nd of state-spaces/s4): batch 1024, learning rate 1e-3, 10 epochs of warm-up,
+# weight decay 0.03, an exponential moving average of the weights (0.99996). The released runs went
+# on for ten epochs at the last learning rate, which this one does not.
 _base_ = [
     "../_base_/models/classifier_s4nd-vit.py",
     "mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py",

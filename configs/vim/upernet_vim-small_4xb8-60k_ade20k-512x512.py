@@ -1,5 +1,5 @@
-# Vim-S, from its residual stream and with rotated positions (upernet_vim_small_24_512_slide_60k.py and
-# ft_vim_small_upernet.sh of the released code, beside Vim-Ti's).
+# Vim-S, from its residual stream and with rotated positions (upernet_vim_small_24_512_slide_60k.py
+# and ft_vim_small_upernet.sh of the released code, beside Vim-Ti's).
 _base_ = "./upernet_vim-tiny_4xb8-60k_ade20k-512x512.py"
 
 model = dict(

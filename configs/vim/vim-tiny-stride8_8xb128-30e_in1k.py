@@ -1,6 +1,6 @@
-# Vim-Ti fine-tuned at finer granularity, with the released recipe (vim/scripts/ft-vim-t.sh): patches
-# that overlap by half, 30 epochs at 1e-5 for batch 1024 (5e-6 for 512 in the script), which is also the
-# rate that warm-up begins and the schedule ends with, and nearly no weight decay.
+# Vim-Ti fine-tuned at finer granularity, with the released recipe (vim/scripts/ft-vim-t.sh):
+# patches that overlap by half, 30 epochs at 1e-5 for batch 1024 (5e-6 for 512 in the script), which
+# is also the rate that warm-up begins and the schedule ends with, and nearly no weight decay.
 _base_ = ["./vim-tiny_8xb128_in1k.py", "../_base_/weights.py"]
 
 model = dict(

@@ -1,7 +1,7 @@
-# Vim-Ti with the released recipe (vim/scripts/pt-vim-t.sh and the defaults of vim/main.py), which is
-# DeiT's: batch 1024 (8 GPUs x 128), 300 epochs of which 5 warm up, AdamW at 1e-3, weight decay 0.1,
-# repeated augmentation, an exponential moving average of the weights (0.99996), no clipping. The
-# paper's text says weight decay 0.05.
+# Vim-Ti with the released recipe (vim/scripts/pt-vim-t.sh and the defaults of vim/main.py), which
+# is DeiT's: batch 1024 (8 GPUs x 128), 300 epochs of which 5 warm up, AdamW at 1e-3, weight decay
+# 0.1, repeated augmentation, an exponential moving average of the weights (0.99996), no clipping.
+# The paper's text says weight decay 0.05.
 _base_ = "mmpretrain::deit/deit-tiny_4xb256_in1k.py"
 
 model = dict(

@@ -1,5 +1,5 @@
-# What the released configs have in common (state-spaces/s4, configs/experiment/s4nd): AdamW, 300 epochs,
-# cosine decay, no clipping. A kernel's steps, A and B do not decay; its C does.
+# What the released configs have in common (state-spaces/s4, configs/experiment/s4nd): AdamW, 300
+# epochs, cosine decay, no clipping. A kernel's steps, A and B do not decay; its C does.
 _base_ = "./vmamba_300e_imagenet.py"
 
 optim_wrapper = dict(

@@ -1,8 +1,9 @@
 # Vim's released ADE20K schedule: AdamW, batch 32 (4 GPUs x 8), 60k iterations, 1500 of warm-up,
 # linear decay (seg/configs/vim/upernet/upernet_vim_tiny_24_512_slide_60k.py, with what
-# seg/scripts/ft_vim_tiny_upernet.sh changes: 2e-4, weight decay 0.1). The paper's text says batch 16,
-# 160k iterations and 6e-5. The layer-wise decay (seg/mmcv_custom/layer_decay_optimizer_constructor.py)
-# knows the blocks by another name than Vim's: it slows the patches and positions alone, by 25 layers.
+# seg/scripts/ft_vim_tiny_upernet.sh changes: 2e-4, weight decay 0.1). The paper's text says batch
+# 16, 160k iterations and 6e-5. The layer-wise decay
+# (seg/mmcv_custom/layer_decay_optimizer_constructor.py) knows the blocks by another name than
+# Vim's: it slows the patches and positions alone, by 25 layers.
 _base_ = "./vmamba_160k_ade20k.py"
 
 train_cfg = dict(max_iters=60000, val_interval=6000)

@@ -1,8 +1,8 @@
 # Vim's released COCO schedule, ViTDet's (mask_rcnn_vimdet_b_100ep.py, and for Vim-Ti and -S
-# cascade_mask_rcnn_vimdet_t_100ep_adj1.py and ..._s_100ep.py, in det/projects/ViTDet/configs/COCO): AdamW
-# in mixed precision, batch 64, 184375 iterations (100 epochs), steps at 8/9 and 26/27, and learning
-# rates that fall from block to block towards the image. Training is jittered at large scale to
-# 1024x1024 pixels, to which tests are padded as well.
+# cascade_mask_rcnn_vimdet_t_100ep_adj1.py and ..._s_100ep.py, in det/projects/ViTDet/configs/COCO):
+# AdamW in mixed precision, batch 64, 184375 iterations (100 epochs), steps at 8/9 and 26/27, and
+# learning rates that fall from block to block towards the image. Training is jittered at large
+# scale to 1024x1024 pixels, to which tests are padded as well.
 _base_ = "mmdet::common/ssj_270k_coco-instance.py"
 
 train_cfg = dict(max_iters=184375, val_interval=5000)
