@@ -218,7 +218,9 @@ def test_other_dtypes_keep_to_the_matrix_product():
     torch.testing.assert_close(module(x), F.linear(x, module.weight, module.bias), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("build", [lambda: VMamba.of_one_block_a_stage("tiny"), lambda: NAT("mini")])
+@pytest.mark.parametrize(
+    "build", [lambda: VMamba.of_one_block_a_stage("tiny"), lambda: NAT("mini")]
+)
 def test_models_are_made_of_tensors_without_values(build, monkeypatch):
     # As PyTorch 2.14's does.
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **_: bool(weight.sum()))
