@@ -135,7 +135,8 @@ def test_dtypes_and_activations(dtype, act, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_maps_with_float32_parameters(dtype, backend):
-    arguments = depthwise_conv_arguments(2, 5, 7, 4, device=DEVICE)
+    # Three tiles for the Triton kernels, whose programs take two.
+    arguments = depthwise_conv_arguments(1, 2, 17, 4, device=DEVICE)
     arguments["x"] = arguments["x"].detach().to(dtype).requires_grad_()
     check(arguments, backend)
 

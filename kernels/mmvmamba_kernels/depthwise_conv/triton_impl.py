@@ -58,7 +58,7 @@ class _Tiling:
     chunks: int
     block: int
     programs: int
-    """Of one channel block."""
+    """Of one channel block; backwards, one may be two of these."""
     blocks: int
 
     def sizes(self, shape: torch.Size) -> tuple[int, ...]:
@@ -180,7 +180,9 @@ def backward(
     partial = x.new_empty((tiles.programs, 10, channels), dtype=dtype)
     if x.numel():
         with on_device(x):
-            depthwise_conv_bwd_kernel[tiles.grid](
+            # A lane has two channels of 16 bits in a word, and a program two tiles for it.
+            together = 2 if x.element_size() == 2 and dtype == torch.float32 else 1
+            depthwise_conv_bwd_kernel[(ceil_div(tiles.programs, together) * tiles.blocks,)](
                 x,
                 _taps(weight),
                 bias if bias is None else bias.contiguous(),
@@ -188,8 +190,10 @@ def backward(
                 grad_x,
                 partial,
                 *tiles.sizes(x.shape),
+                tiles.programs,
                 C=channels,
                 STRIDE=stride,
+                TILES=together,
                 HAS_BIAS=bias is not None,
                 **_constants(x, tiles, dtype, act),
             )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image: a kernel compiled for one serves all.
-_SIZES = ("height", "width", "strips", "chunks", "rows")
+_SIZES = ("height", "width", "strips", "chunks", "rows", "tiles")
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _RSQRT2 = tl.constexpr(0.7071067811865476)
@@ -62,34 +62,39 @@ def _derivative(z, ACT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _program(height, width, strips, chunks, rows, C, P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What a program works on, from its number.
+def _program(C, BLOCK_C: tl.constexpr):
+    """The first channel and the number of a program among those of its channels.
 
     The grid has one axis, the one that is not limited to 65535; neighbouring programs read the same
     lines of memory.
-
-    Returns:
-        The first of its channels, of its columns and of its rows, the number of its rows, and the
-        position of the first of those in memory.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
-    block = pid % blocks
-    pid = pid // blocks
-    column = pid % strips * P
-    pid = pid // strips
-    first = pid % chunks * rows
-    image = (pid // chunks).to(tl.int64)
-    position = (image * height + first) * width + column
-    return block * BLOCK_C, column, first, tl.minimum(rows, height - first), position
+    return pid % blocks * BLOCK_C, pid // blocks
 
 
 @triton.jit
-def _channels(start, C, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr):
+def _tile(tile, height, width, strips, chunks, rows, P: tl.constexpr):
+    """The columns and rows of a tile, from its number.
+
+    Returns:
+        The first of its columns and of its rows, the number of its rows, and the position of the
+        first of those in memory.
+    """
+    column = tile % strips * P
+    tile = tile // strips
+    first = tile % chunks * rows
+    image = (tile // chunks).to(tl.int64)
+    position = (image * height + first) * width + column
+    return column, first, tl.minimum(rows, height - first), position
+
+
+@triton.jit
+def _channels(start, places, C, WHOLE: tl.constexpr):
     """A program's channels and which of them exist: known to be all where the blocks are whole."""
-    c = start + tl.arange(0, BLOCK_C)
+    c = start + places
     if WHOLE:
-        return c, tl.full((BLOCK_C,), True, tl.int1)
+        return c, tl.full(c.shape, True, tl.int1)
     else:
         return c, c < C
 
@@ -188,10 +193,9 @@ def depthwise_conv_fwd_kernel(
     if CONSTANT_C > 0:
         C = CONSTANT_C
         STRIDE = CONSTANT_C
-    start, column, first, count, position = _program(
-        height, width, strips, chunks, rows, C, P, BLOCK_C
-    )
-    c, inside = _channels(start, C, BLOCK_C, WHOLE)
+    start, tile = _program(C, BLOCK_C)
+    column, first, count, position = _tile(tile, height, width, strips, chunks, rows, P)
+    c, inside = _channels(start, tl.arange(0, BLOCK_C), C, WHOLE)
     taps = _taps(taps_ptr, c, inside, C, ACC)
     bias = tl.zeros((BLOCK_C,), ACC)
     if HAS_BIAS:
@@ -277,10 +281,12 @@ def depthwise_conv_bwd_kernel(
     strips,
     chunks,
     rows,
+    tiles,
     C: tl.constexpr,
     STRIDE: tl.constexpr,
     P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
     ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
@@ -303,27 +309,33 @@ def depthwise_conv_bwd_kernel(
         strips: Groups of P columns in a row of the map.
         chunks: Groups of rows in a map.
         rows: Rows of such a group.
+        tiles: Groups of columns and rows in all maps.
+        TILES: How many of them a program takes at once, side by side in its lanes.
     """
-    start, column, first, count, position = _program(
-        height, width, strips, chunks, rows, C, P, BLOCK_C
-    )
-    c, inside = _channels(start, C, BLOCK_C, C % BLOCK_C == 0)
+    SIZE: tl.constexpr = TILES * BLOCK_C
+    start, program = _program(C, BLOCK_C)
+    lanes = tl.arange(0, SIZE)
+    tile = program * TILES + lanes // BLOCK_C
+    column, first, count, position = _tile(tile, height, width, strips, chunks, rows, P)
+    # A tile that does not exist has no columns.
+    column = tl.where(tile < tiles, column, width)
+    c, inside = _channels(start, lanes % BLOCK_C, C, C % BLOCK_C == 0)
     taps = _taps(taps_ptr, c, inside, C, ACC)
     turned = ()
     for t in tl.static_range(9):
         turned = turned + (taps[8 - t],)
-    zero = tl.zeros((BLOCK_C,), ACC)
+    zero = tl.zeros((SIZE,), ACC)
     bias = zero
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     sums = ()
     for _ in tl.static_range(10):
-        sums = sums + (tl.zeros((BLOCK_C,), ACC),)
+        sums = sums + (tl.zeros((SIZE,), ACC),)
     ending = ()
     begun = ()
     for _ in tl.static_range(P):
-        ending = ending + (tl.zeros((BLOCK_C,), ACC),)
-        begun = begun + (tl.zeros((BLOCK_C,), ACC),)
+        ending = ending + (tl.zeros((SIZE,), ACC),)
+        begun = begun + (tl.zeros((SIZE,), ACC),)
 
     x_step = width.to(tl.int64) * STRIDE
     step = width.to(tl.int64) * C
@@ -336,23 +348,30 @@ def depthwise_conv_bwd_kernel(
     here = ()
     loaded = ()
     for _ in tl.static_range(P + 4):
-        above = above + (tl.zeros((BLOCK_C,), ACC),)
-        here = here + (tl.zeros((BLOCK_C,), ACC),)
-        loaded = loaded + (tl.zeros((BLOCK_C,), x_ptr.dtype.element_ty),)
+        above = above + (tl.zeros((SIZE,), ACC),)
+        here = here + (tl.zeros((SIZE,), ACC),)
+        loaded = loaded + (tl.zeros((SIZE,), x_ptr.dtype.element_ty),)
     for i in range(3):
         above = here
         here = _converted(loaded, P + 4, ACC)
-        loaded = _load_row(x_row, first - 2 + i, column, inside, height, width, STRIDE, P, 2)
-        x_row += x_step
-    # Loads of a row stand together, and are carried to the next turn as they are.
+        ptr = x_row + i * x_step
+        loaded = _load_row(ptr, first - 2 + i, column, inside, height, width, STRIDE, P, 2)
+    x_row += 3 * x_step
     grads = _load_row(grad_row, first - 1, column, inside, height, width, C, P, 1)
-    for i in range(count + 2):
+    for i in range(rows + 2):
         below = _converted(loaded, P + 4, ACC)
         of_z = _converted(grads, P + 2, ACC)
+        # The next turn's rows are asked for before all that this one computes, and carried to it
+        # as they are.
+        row = first + i
+        grad_row += step
+        loaded = _load_row(x_row, row + 1, column, inside, height, width, STRIDE, P, 2)
+        grads = _load_row(grad_row, row, column, inside, height, width, C, P, 1)
+        x_row += x_step
         if ACT != "none":
             of_z = _through_activation(of_z, above, here, below, taps, bias, P + 2, ACT, FAST)
         owned = inside & (i > 0) & (i <= count)
-        columns = tl.where(i > 1, width - column, 0)
+        columns = tl.where((i > 1) & (i <= count + 1), width - column, 0)
         following = ()
         starting = ()
         for j in tl.static_range(P):
@@ -367,12 +386,7 @@ def depthwise_conv_bwd_kernel(
         begun = starting
         above = here
         here = below
-        grad_row += step
         out_row += step
-        row = first + i
-        loaded = _load_row(x_row, row + 1, column, inside, height, width, STRIDE, P, 2)
-        grads = _load_row(grad_row, row, column, inside, height, width, C, P, 1)
-        x_row += x_step
-    partial = partial_ptr + (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64) * (10 * C) + c
+    partial = partial_ptr + tile.to(tl.int64) * (10 * C) + c
     for t in tl.static_range(10):
-        tl.store(partial + t * C, sums[t], mask=inside)
+        tl.store(partial + t * C, sums[t], mask=inside & (tile < tiles))
