@@ -88,6 +88,15 @@ class Conv2d(KeepsPacked, nn.Conv2d):
         return super().forward(x)
 
 
+# Of all modules; PyTorch 2.7 has no function that asks for them.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
 def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call of `module` would be `cls.forward` and nothing else.
 
@@ -100,7 +109,7 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
+        or any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
     )
 
 
