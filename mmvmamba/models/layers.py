@@ -88,28 +88,24 @@ class Conv2d(KeepsPacked, nn.Conv2d):
         return super().forward(x)
 
 
-# Of all modules; PyTorch 2.7 has no function that asks for them.
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
-
 def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call of `module` would be `cls.forward` and nothing else.
 
     If so, its parameters may be used without the call. If not, something of the user's is in the
     place of ours, or hooks see the call: those of `nn.utils.prune` make the weight in it.
     """
+    of_all = torch.nn.modules.module
     # A forward pass may be set on the instance.
     return getattr(module.forward, "__func__", None) is cls.forward and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or any(getattr(torch.nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
+        # Those of all modules; PyTorch 2.7 has no function that asks for them.
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
     )
 
 
