@@ -259,7 +259,7 @@ class Operator:
 
     def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
         """Run the operator on checked arguments."""
-        needed = may_need_gradients(arguments[: self._count])
+        needed = may_need_gradients(list(arguments)[: self._count])
         # A traced graph may run anywhere, with and without gradients; the tracer compares both.
         tracing = torch.jit.is_tracing()
         save_carries = needed and (torch.is_grad_enabled() or tracing)

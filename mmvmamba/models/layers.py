@@ -94,13 +94,18 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     If so, its parameters may be used without the call. If not, something of the user's is in the
     place of ours, or hooks see the call: those of `nn.utils.prune` make the weight in it.
     """
+    of_all = torch.nn.modules.module
     # A forward pass may be set on the instance.
     return getattr(module.forward, "__func__", None) is cls.forward and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
+        # Those of all modules; PyTorch 2.7 has no function that asks for them.
+        or of_all._global_forward_hooks
+        or of_all._global_forward_pre_hooks
+        or of_all._global_backward_hooks
+        or of_all._global_backward_pre_hooks
     )
 
 

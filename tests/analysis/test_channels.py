@@ -6,6 +6,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from mmvmamba import compat
 from mmvmamba.analysis.activations import count_activations
 from mmvmamba.analysis.flops import count_config
 from mmvmamba.analysis.inspection import image_reader, read_image, shown
@@ -69,6 +70,8 @@ model = dict(
 @pytest.fixture
 def segmentor(tmp_path):
     """A config of images with 13 bands of 16 bits, its two images and its weights."""
+    if compat.stack() is compat.ONEDL:
+        pytest.skip("OneDL's segmentors normalise images of one or three channels alone")
     for part in ("images", "masks"):
         (tmp_path / "data" / part).mkdir(parents=True)
     rng = np.random.default_rng(0)

@@ -97,8 +97,8 @@ class S4DKernel(KeepsFloat32):
         dt = self.inv_dt.exp()
         sets = len(dt) // len(self.A_real)
         a = torch.complex(-self.A_real.exp(), -self.A_imag).repeat(sets, 1)
-        # A model in the channels_last memory format has these four dimensions in another order.
-        b, c = (torch.view_as_complex(x.contiguous()) for x in (self.B, self.C))
+        # No view: a model in the channels_last memory format has these dimensions in another order.
+        b, c = (torch.complex(*x.unbind(-1)) for x in (self.B, self.C))
         b = b.repeat(1, sets, 1)
         # Zero-order hold.
         steps = dt * a
