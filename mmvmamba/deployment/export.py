@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from mmvmamba.analysis.pictures import class_metainfo, load_model, test_steps
 from mmvmamba.compat import installed_version
+from mmvmamba.deployment.deployable import Deployable
 from mmvmamba.deployment.models import deployable
 from mmvmamba.deployment.record import Record
 from mmvmamba.engine.errors import UsageError
@@ -36,40 +38,67 @@ NEEDED = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "op
 _KEEPING = ("LoadAnnotations", "LoadPanopticAnnotations", "Pack", "Collect", "PILToTensor")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A config's model with its weights, as it is deployed.
+
+    Attributes:
+        cfg: The config.
+        module: The model.
+        classes: Names of its classes, by label.
+    """
+
+    cfg: Config
+    module: Deployable
+    classes: list[str]
+
+
+def load(cfg: Config, checkpoint: str) -> Loaded:
+    """Loads what is to be exported.
+
+    Args:
+        cfg: The config.
+        checkpoint: The weights, which must fit.
+
+    Raises:
+        UsageError: If the model cannot be exported.
+        CheckpointError: If the weights cannot be read or do not fit.
+    """
+    init_default_scope(scope_of(cfg))
+    content = read_checkpoint(checkpoint)
+    module = deployable(scope_of(cfg), load_model(cfg, content, checkpoint))
+    meta = content.get("meta", {}).get("dataset_meta") or class_metainfo(cfg)
+    return Loaded(cfg, module, list(meta.get("classes") or meta.get("CLASSES") or ()))
+
+
 def export_model(
-    cfg: Config,
-    checkpoint: str,
+    loaded: Loaded,
     out: Path,
     kind: str,
     size: tuple[int, int] | None = None,
     custom_op: bool = False,
 ) -> Record:
-    """Writes a config's model with its weights, and the JSON beside it.
+    """Writes a model, and the JSON beside it.
 
     Args:
-        cfg: The config.
-        checkpoint: The weights, which must fit.
+        loaded: The model.
         out: The file to write.
         kind: One of `FORMATS`.
         size: Height and width of the images in pixels, for a graph of fixed size; None for any.
         custom_op: Whether ONNX Runtime is to scan with the C++ kernel, in a library of ours.
 
     Raises:
-        UsageError: If the model or the size cannot be exported.
-        CheckpointError: If the weights cannot be read or do not fit.
+        UsageError: If the format, the size or an operator of the model cannot be exported.
     """
     check_format(out, kind)
-    init_default_scope(scope_of(cfg))
-    content = read_checkpoint(checkpoint)
-    module = deployable(scope_of(cfg), load_model(cfg, content, checkpoint))
+    cfg, module = loaded.cfg, loaded.module
     program = trace(module, *example_for(module, size, module.batched))
     out.parent.mkdir(parents=True, exist_ok=True)
     write(program, out, kind, module.outputs, custom_op)
-    meta = content.get("meta", {}).get("dataset_meta") or class_metainfo(cfg)
     record = Record(
         task=scope_of(cfg),
         config=Path(cfg.filename).name,
-        classes=list(meta.get("classes") or meta.get("CLASSES") or ()),
+        classes=loaded.classes,
         outputs=list(module.outputs),
         channels=module.channels,
         transforms=changing_steps(cfg),

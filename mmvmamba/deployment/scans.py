@@ -8,19 +8,13 @@ for every position that is asked for; this one runs once for an image, and the p
 import dataclasses
 from pathlib import Path
 
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmvmamba.analysis.activation_maps import Mixed, capture, driven
-from mmvmamba.analysis.pictures import load_model
 from mmvmamba.deployment.deployable import Deployable
 from mmvmamba.deployment.export import backbone_of, example_for, trace, write
-from mmvmamba.deployment.models import deployable
 from mmvmamba.deployment.record import Record, scans_path
 from mmvmamba.engine.errors import UsageError
-from mmvmamba.engine.tasks import scope_of
-from mmvmamba.models.checkpoint import read_checkpoint
 from mmvmamba.models.compared.vision_mamba import BidirectionalMixer
 
 PARTS = ("Q", "K", "dt", "A")
@@ -65,21 +59,17 @@ class Scans(nn.Module):
         return list({mixed.stage: mixed for mixed in found}.values())
 
 
-def export_scans(cfg: Config, checkpoint: str, out: Path, record: Record) -> Record:
+def export_scans(model: Deployable, out: Path, record: Record) -> Record:
     """Writes the graph of an exported model's scans beside it, and adds it to the JSON.
 
     Args:
-        cfg: The model's config.
-        checkpoint: Its weights.
-        out: The model's file.
+        model: What was exported.
+        out: Its file.
         record: What `mmvmamba.deployment.export.export_model` gave.
 
     Returns:
         The record with the scans.
     """
-    init_default_scope(scope_of(cfg))
-    content = read_checkpoint(checkpoint)
-    model = deployable(scope_of(cfg), load_model(cfg, content, checkpoint))
     module = Scans(model).eval()
     images, dynamic = example_for(module, record.size and tuple(record.size), batched=False)
     blocks = module.last_blocks(images)

@@ -23,6 +23,8 @@ CONFIGS = {
 """By name, the config below configs/."""
 
 WIDTH, CLASSES = 8, 5
+SIZE = (96, 128)
+"""Height and width of the images of files of one size."""
 
 
 def _options(name: str, stages: int) -> dict:
@@ -103,14 +105,24 @@ def make(name: str, project: Path, folder: Path, stages: int = 2) -> tuple[Confi
     init_default_scope(scope_of(cfg))
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
-    for part, module in model.named_modules():
-        # Results that differ from each other: untrained heads give nearly the same everywhere.
-        if isinstance(module, nn.Conv2d | nn.Linear) and not part.startswith("backbone"):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+    make_results_differ(model)
     path = folder / f"{name}.pth"
     meta = {"dataset_meta": {"classes": [f"class {i}" for i in range(CLASSES)]}}
     torch.save({"state_dict": model.state_dict(), "meta": meta}, path)
     return cfg, path
+
+
+def make_results_differ(model: nn.Module) -> None:
+    """Draws the heads' weights anew: untrained ones give nearly the same everywhere."""
+    for part, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not part.startswith("backbone"):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+
+def resize(cfg: Config, size: tuple[int, int]) -> None:
+    """Makes a config's pictures of one size."""
+    step = {"type": "Resize", "scale": size[::-1], "keep_ratio": False}
+    cfg.test_dataloader.dataset.pipeline[1:-1] = [step]
 
 
 def pictures(folder: Path) -> list[Path]:

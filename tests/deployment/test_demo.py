@@ -1,15 +1,8 @@
-"""The page of `python -m mmvmamba.demo` in a real browser: its numbers are Python's."""
+"""The page of `python -m mmvmamba.demo` in a real browser, and what serves it."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
-import urllib.request
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,125 +14,24 @@ onnx = pytest.importorskip("onnx", reason="the extra `deploy` is not installed")
 pytest.importorskip("onnxscript", reason="the extra `deploy` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `deploy` is not installed")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
-
-import tiny  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
+import pages  # noqa: E402
+from mmengine.registry import init_default_scope  # noqa: E402
 
 from mmvmamba import demo  # noqa: E402
-from mmvmamba.analysis.activation_maps import KINDS, capture  # noqa: E402
-from mmvmamba.analysis.pictures import items, load_model  # noqa: E402
-from mmvmamba.analysis.scan_patterns import path_name, paths_of  # noqa: E402
+from mmvmamba.analysis.activation_maps import KINDS  # noqa: E402
+from mmvmamba.analysis.pictures import items  # noqa: E402
+from mmvmamba.analysis.scan_patterns import paths_of  # noqa: E402
 from mmvmamba.deployment import export, record, scans  # noqa: E402
 from mmvmamba.deployment.check import paste_mask  # noqa: E402
 from mmvmamba.deployment.deployable import Deployable  # noqa: E402
-from mmvmamba.deployment.models import deployable  # noqa: E402
-from mmvmamba.deployment.runtimes import Deployed, open_file  # noqa: E402
+from mmvmamba.deployment.runtimes import open_file  # noqa: E402
 from mmvmamba.engine.cli import load_config  # noqa: E402
 from mmvmamba.engine.errors import UsageError  # noqa: E402
 from mmvmamba.engine.tasks import scope_of  # noqa: E402
 from mmvmamba.models import VMamba  # noqa: E402
-from mmvmamba.models.checkpoint import read_checkpoint  # noqa: E402
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 # Relative to the largest number, of maps: what docs/deployment.md has of a backbone's.
 TOLERANCE = 1e-5
-CLASSIFIER = "sample/vmamba-sample_imagenet.py"
-SMALL = {
-    "model.backbone.arch.dims": 16,
-    "model.backbone.arch.depths": (1, 1),
-    "model.backbone.out_indices": (1,),
-    "model.head.in_channels": 32,
-    "model.head.num_classes": 5,
-}
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Path:
-    try:
-        return demo.fetch_runtime()
-    except UsageError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def browser(runtime):
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright is installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def served(folder: Path, model: Path | None) -> Iterator[str]:
-    """The address of the page, with a model beside it."""
-    demo.assemble(folder, model)
-    with demo.server_of(folder) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def address(runtime, tmp_path_factory) -> Iterator[str]:
-    """Where the page is served, without a model."""
-    with served(tmp_path_factory.mktemp("page"), None) as address:
-        yield address
-
-
-class Page:
-    """The page, as a person uses it.
-
-    Args:
-        page: Of Playwright.
-        address: Where it is served.
-    """
-
-    def __init__(self, page, address: str):
-        self.page, self.done, self.faults = page, 0, []
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and self.faults.append(said.text))
-        page.goto(address)
-        self.settle()
-
-    def settle(self) -> None:
-        """Waits until what was begun has ended."""
-        self.done += 1
-        self.page.wait_for_selector(f'body[data-done="{self.done}"]', state="attached")
-
-    def open(self, *paths: Path) -> None:
-        self.page.set_input_files("#model-files", list(paths))
-        self.settle()
-
-    def text(self, name: str) -> str:
-        return self.page.inner_text(f"#{name}")
-
-    def state(self, code: str):
-        """What an expression of the page's `state` gives."""
-        return self.page.evaluate(f"import('/app.js').then(({{ state }}) => {code})")
-
-    def call(self, module: str, code: str, given=None):
-        """What a function of a module, which may take `given`, gives."""
-        return self.page.evaluate(f"(given) => import('/{module}').then((module) => {code})", given)
-
-
-@pytest.fixture
-def page(browser, address) -> Iterator[Page]:
-    opened = browser.new_page()
-    page = Page(opened, address)
-    yield page
-    opened.close()
-    # What the page fetches first may not be there.
-    assert [fault for fault in page.faults if "404" not in fault] == []
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def test_resizes_are_those_of_mmcv(page):
@@ -147,7 +39,7 @@ def test_resizes_are_those_of_mmcv(page):
     import mmcv
 
     for before, after in (((61, 83), (40, 59)), ((20, 31), (47, 64)), ((40, 60), (20, 30))):
-        pixels = noise(*before)
+        pixels = pages.noise(*before)
         for backend, interpolation in (
             ("cv2", "bilinear"),
             ("pillow", "bilinear"),
@@ -175,7 +67,7 @@ def test_resizes_are_those_of_mmcv(page):
 @pytest.mark.parametrize(
     ("config", "size"),
     [
-        (CLASSIFIER, (70, 131)),
+        ("sample/vmamba-sample_imagenet.py", (70, 131)),
         ("vmamba/vmamba-tiny-s1l8_8xb128_in1k.py", (130, 97)),
         ("sample/upernet_vmamba-sample_ade20k.py", (90, 64)),
         pytest.param("sample/mask-rcnn_vmamba-sample_coco.py", (75, 121), marks=pytest.mark.slow),
@@ -185,11 +77,10 @@ def test_pictures_are_those_of_the_test_pipeline(page, project, tmp_path, config
     cfg = load_config(str(project / "configs" / config))
     init_default_scope(scope_of(cfg))
     path = tmp_path / "picture.png"
-    Image.fromarray(noise(*size)).save(path)
+    Image.fromarray(pages.noise(*size)).save(path)
     [item] = items(cfg, None, [path], None)
     expected = item["inputs"].flip(0).permute(1, 2, 0).numpy()
-    page.page.set_input_files("#picture-file", path)
-    page.settle()
+    page.show(path)
     found = page.call(
         "pixels.js",
         "import('/app.js').then(({state}) => module.transform(state.picture, given))"
@@ -198,104 +89,6 @@ def test_pictures_are_those_of_the_test_pipeline(page, project, tmp_path, config
     )
     assert (found["height"], found["width"]) == expected.shape[:2]
     np.testing.assert_array_equal(np.reshape(found["data"], expected.shape), expected)
-
-
-@pytest.fixture(scope="module")
-def classifier(project, tmp_path_factory) -> tuple[Path, torch.nn.Module, object]:
-    """An exported classifier with its scans, its original, and its config."""
-    folder = tmp_path_factory.mktemp("classifier")
-    config = str(project / "configs" / CLASSIFIER)
-    cfg = load_config(config, SMALL)
-    init_default_scope("mmpretrain")
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    # Classes that differ.
-    torch.nn.init.normal_(model.head.head.weight)
-    names = [f"class {i}" for i in range(5)]
-    checkpoint = folder / "model.pth"
-    torch.save(
-        {"state_dict": model.state_dict(), "meta": {"dataset_meta": {"classes": names}}}, checkpoint
-    )
-    out = folder / "small.onnx"
-    options = [f"{key}={str(value).replace(' ', '')}" for key, value in SMALL.items()]
-    done = tiny.run_python(
-        *(project / "tools/deployment/export.py", config, checkpoint, out, "--activation-maps"),
-        # Of one size, which is exported faster.
-        *("--size", "96", "96", "--cfg-options", *options),
-        cwd=folder,
-    )
-    assert "small.scans.onnx: for activation maps" in done.stdout
-    assert "initializer" not in done.stdout
-    return out, load_model(cfg, read_checkpoint(str(checkpoint)), str(checkpoint)), cfg
-
-
-def test_a_classifiers_numbers_are_pythons(browser, classifier, tmp_path):
-    """Served, on a picture that is opened; and a click gives the maps of the analysis."""
-    path, model, cfg = classifier
-    picture = tmp_path / "picture.png"
-    Image.fromarray(noise(70, 101)).save(picture)
-    with served(tmp_path / "page", path) as address:
-        page = Page(browser.new_page(), address)
-        assert "A classifier, vmamba-sample_imagenet.py. Open a picture." in page.text("status")
-        page.page.set_input_files("#picture-file", picture)
-        page.settle()
-        assert page.text("status").endswith(" ms.")
-        [item] = items(cfg, None, [picture], None)
-        deployed = Deployed(path)
-        pixels = deployed.record.pixels(item["inputs"])
-        expected = deployed(pixels)["probabilities"][0]
-        found = page.state("Array.from(state.results.probabilities.data)")
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-        assert np.ptp(expected) > 0.01
-        best = int(expected.argmax())
-        assert page.text("results").splitlines()[0].startswith(f"class {best}")
-        assert f"{100 * expected[best]:.1f} %" in page.text("results")
-
-        page.page.click("#picture", position={"x": 150, "y": 210})
-        page.settle()
-        wide = page.page.locator("#picture").bounding_box()["width"]
-        query = page.state("state.query")
-        assert query == [int(210 / wide * 96), int(150 / wide * 96)]
-        image = deployable("mmpretrain", model).normalised(torch.from_numpy(pixels))[0]
-        blocks = {mixed.stage: mixed for mixed in capture(model.backbone, image)}
-        assert page.page.locator("#stage option").all_inner_texts() == ["1, block 1", "2, block 1"]
-        for i, mixed in enumerate(blocks.values()):
-            page.page.select_option("#stage", str(i))
-            cell = tuple(at * n // 96 for at, n in zip(query, mixed.x.shape[1:3], strict=True))
-            check_maps(page, mixed.scan(), cell)
-        assert page.page.locator("#paths figcaption").all_inner_texts() == [
-            path_name(path) for path in paths_of("cross2d")
-        ]
-        assert page.text("sum-caption").startswith(
-            "All paths, 12 \u00d7 12 positions. The brightest is "
-        )
-        assert not page.faults
-
-
-def check_maps(page: Page, scan, cell: tuple[int, int]) -> None:
-    found = page.state(
-        "Object.fromEntries(Object.entries(state.maps).map(([kind, {each, sum}]) => "
-        "[kind, [...each, sum].map(({data}) => Array.from(data))]))"
-    )
-    for kind in KINDS:
-        expected = scan.maps(cell, kind).flatten(1)
-        expected = torch.cat([expected, expected.sum(0, keepdim=True)])
-        error = (torch.tensor(found[kind]) - expected).abs().amax(1) / expected.abs().amax(1)
-        assert error.max() <= TOLERANCE, kind
-
-
-def test_a_model_is_opened_from_files(page, classifier, tmp_path):
-    """As the sample picture is, and in any order; without the scans there are no maps."""
-    path, *_ = classifier
-    page.page.click("#sample")
-    page.settle()
-    assert page.text("status") == "Open a model."
-    page.open(record.path_of(path), path)
-    assert page.text("status").startswith("A classifier, ")
-    assert page.text("status").endswith(" ms.")
-    assert page.page.is_hidden("#maps")
-    page.open(record.scans_path(path), path, record.path_of(path))
-    assert page.page.is_visible("#maps")
 
 
 def the_record(**changes) -> record.Record:
@@ -344,14 +137,12 @@ def largest(tmp_path_factory) -> Path:
 
 
 def test_a_segmentors_labels_are_shown(page, largest, tmp_path):
-    pixels = noise(33, 47)
+    pixels = pages.noise(33, 47)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     page.open(largest, record.path_of(largest))
-    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
-    page.settle()
+    page.show(tmp_path / "picture.png")
     labels = pixels.argmax(2)
-    found = page.state("Array.from(state.results.labels.data)")
-    np.testing.assert_array_equal(np.reshape(found, labels.shape), labels)
+    np.testing.assert_array_equal(page.numbers("labels")[0], labels)
     names = ["sky", "tree", "house"]
     for label, name in enumerate(names):
         assert f"{name}\t{100 * (labels == label).mean():.1f} %" in page.text("results")
@@ -359,7 +150,7 @@ def test_a_segmentors_labels_are_shown(page, largest, tmp_path):
 
 def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
     size = (45, 64)
-    Image.fromarray(noise(*size)).save(tmp_path / "picture.png")
+    Image.fromarray(pages.noise(*size)).save(tmp_path / "picture.png")
     found = {
         "boxes": np.array([[3.2, 5.1, 40, 31], [-4, 2, 9, 60], [1, 2, 3, 4]], np.float32),
         "scores": np.array([0.9, 0.5, 0.1], np.float32),
@@ -373,8 +164,7 @@ def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
     kinds = [(node.output[0], node.attribute[0].t.data_type) for node in nodes]
     changes = {"task": "mmdet", "outputs": list(found), "batched": False}
     page.open(*written(tmp_path, kinds, nodes, **changes))
-    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
-    page.settle()
+    page.show(tmp_path / "picture.png")
     assert page.text("results").splitlines() == ["house\t90.0 %", "sky\t50.0 %"]
     pasted = page.page.evaluate(
         "Promise.all([import('/app.js'), import('/model.js')]).then(([{state}, model]) => "
@@ -408,12 +198,11 @@ def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
     ],
 )
 def test_what_cannot_be_shown_is_told_in_one_line(page, largest, tmp_path, changes, message):
-    Image.fromarray(noise(33, 47)).save(tmp_path / "picture.png")
+    Image.fromarray(pages.noise(33, 47)).save(tmp_path / "picture.png")
     path = tmp_path / "model.onnx"
     shutil.copyfile(largest, path)
     the_record(**changes).save(path)
-    page.page.set_input_files("#picture-file", tmp_path / "picture.png")
-    page.settle()
+    page.show(tmp_path / "picture.png")
     page.open(path, record.path_of(path))
     assert page.text("error").startswith(message) or message in page.text("error")
     assert "\n" not in page.text("error")
@@ -429,15 +218,14 @@ def test_files_that_do_not_belong_together_are_told(page, largest, tmp_path):
     assert page.text("error").startswith(f"onnxruntime-web {demo.VERSION} cannot open the model: ")
     page.open(tmp_path / "model.onnx")
     (tmp_path / "text.png").write_text("no picture")
-    page.page.set_input_files("#picture-file", tmp_path / "text.png")
-    page.settle()
+    page.show(tmp_path / "text.png")
     assert page.text("error") == "text.png is no picture that this browser can read."
 
 
 def test_browsers_without_webassembly_are_told(browser, address, largest):
     opened = browser.new_page()
     opened.add_init_script("delete window.WebAssembly")
-    page = Page(opened, address)
+    page = pages.Page(opened, address)
     page.open(largest, record.path_of(largest))
     assert page.text("error").startswith("This browser has no WebAssembly")
     opened.close()
@@ -504,56 +292,14 @@ def test_every_scan_has_its_maps(page, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(tiny.TASKS))
-def test_whole_models_numbers_are_pythons(page, project, tmp_path, name):
-    """The sample configs with random weights, on the sample picture, whose file is a JPEG."""
-    task = tiny.TASKS[name]
-    cfg = load_config(str(project / "configs" / task.config))
-    init_default_scope(name)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    for part, module in model.named_modules():
-        # Results that differ from each other.
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and "backbone" not in part:
-            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-    meta = {"dataset_meta": {"classes": [f"class {i}" for i in range(1000)]}}
-    torch.save({"state_dict": model.state_dict(), "meta": meta}, tmp_path / "model.pth")
-    path = tmp_path / "model.onnx"
-    given = export.export_model(cfg, str(tmp_path / "model.pth"), path, "onnx")
-    scans.export_scans(cfg, str(tmp_path / "model.pth"), path, given)
-    page.page.click("#sample")
-    page.settle()
-    page.open(path, record.path_of(path), record.scans_path(path))
-    assert page.text("status").endswith(" ms."), page.text("error")
-    image = page.state("[state.image.height, state.image.width, Array.from(state.image.data)]")
-    pixels = torch.tensor(image[2], dtype=torch.float32).reshape(*image[:2], 3).permute(2, 0, 1)
-    [item] = items(cfg, None, [project / "demo/web/picture.jpg"], None)
-    steps = (pixels.flip(0) - item["inputs"]).abs()
-    warnings.warn(f"{name}: JPEG differs by {steps.max()}, {steps.mean():.3f}", stacklevel=1)
-    assert steps.mean() < 1
-    expected = Deployed(path)(given.pixels(pixels.flip(0)))
-    for output, value in expected.items():
-        found = np.array(page.state(f"Array.from(state.results['{output}'].data)"))
-        assert found.size == value.size
-        largest = np.abs(value).max()
-        if output == "labels":
-            assert (found.reshape(value.shape) != value).mean() < 1e-4
-        else:
-            assert np.abs(found.reshape(value.shape) - value).max() <= 1e-4 * largest, output
-    page.page.click("#picture", position={"x": 100, "y": 100})
-    page.settle()
-    assert page.page.locator("#paths figure").count() == 4
-
-
-@pytest.mark.slow
 @pytest.mark.skipif("DEMO_MODEL" not in os.environ, reason="DEMO_MODEL names no model to look at")
 def test_looks(browser, tmp_path):
     """Keeps what docs/demo.md shows."""
-    with served(tmp_path / "page", Path(os.environ["DEMO_MODEL"]).absolute()) as address:
+    with pages.served(tmp_path / "page", Path(os.environ["DEMO_MODEL"]).absolute()) as address:
         opened = browser.new_page(
             viewport={"width": 1000, "height": 800}, device_scale_factor=1.5, color_scheme="light"
         )
-        page = Page(opened, address)
+        page = pages.Page(opened, address)
         opened.click("#sample")
         page.settle()
         # The pizza.
@@ -582,37 +328,17 @@ def test_every_scan_is_exported(tmp_path, name):
         assert error <= TOLERANCE
 
 
-def test_the_command_serves_the_page(classifier, runtime, tmp_path):
-    """And an error is a line."""
-    command = [sys.executable, "-m", "mmvmamba.demo"]
-    environment = tiny.clean_environment()
-    with subprocess.Popen(
-        [*command, classifier[0], "--no-browser"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            address = process.stdout.readline().split()[0]
-            for name, kind in (
-                ("", "text/html"),
-                ("app.js", "text/javascript"),
-                ("ort/ort-wasm-simd-threaded.wasm", "application/wasm"),
-                ("model/model.scans.onnx", "application/octet-stream"),
-            ):
-                with urllib.request.urlopen(address + name) as answer:
-                    assert answer.headers["Content-Type"].split(";")[0] == kind
-                    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-        finally:
-            process.terminate()
-    for arguments, message in (
-        (["no.onnx"], "error: no.onnx does not exist (working directory: "),
-        (["model.pt2"], "error: model.pt2: the page runs ONNX files, which end in .onnx."),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            demo.main(arguments)
-        assert str(stopped.value).startswith(message)
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("no.onnx", "error: no.onnx does not exist (working directory: "),
+        ("model.pt2", "error: model.pt2: the page runs ONNX files, which end in .onnx."),
+    ],
+)
+def test_errors_are_a_line(argument, message):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([argument])
+    assert str(stopped.value).startswith(message)
 
 
 def test_a_folder_is_written_for_other_servers(runtime, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mmvmamba.analysis.inspection import find_images
 from mmvmamba.deployment.check import compare, evaluate, runtime_of
-from mmvmamba.deployment.export import FORMATS, export_model
+from mmvmamba.deployment.export import FORMATS, export_model, load
 from mmvmamba.deployment.quantize import quantize
 from mmvmamba.deployment.record import scans_path
 from mmvmamba.deployment.runtimes import Deployed, check_runtime
@@ -151,9 +151,10 @@ def export(options: argparse.Namespace) -> None:
     cfg = load_config_and_data(options.config, options.cfg_options, options.data_root)
     tell_notices(cfg)
     size = tuple(options.size) if options.size else None
-    record = export_model(cfg, options.checkpoint, options.out, kind, size, options.custom_op)
+    loaded = load(cfg, options.checkpoint)
+    record = export_model(loaded, options.out, kind, size, options.custom_op)
     if options.activation_maps:
-        record = export_scans(cfg, options.checkpoint, options.out, record)
+        record = export_scans(loaded.module, options.out, record)
     if options.int8:
         quantize(cfg, options.out, calibration)
     console = Console(highlight=False, soft_wrap=True)
