@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pages
+import demo_pages
 import pytest
 
 from mmvmamba import demo
@@ -39,18 +39,18 @@ def browser(runtime):
 @pytest.fixture(scope="module")
 def address(runtime, tmp_path_factory) -> Iterator[str]:
     """Where the page is served, without a model."""
-    with pages.served(tmp_path_factory.mktemp("page"), None) as address:
+    with demo_pages.served(tmp_path_factory.mktemp("page"), None) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
-def opened(browser, address) -> pages.Page:
+def opened(browser, address) -> demo_pages.Page:
     """The page of a file's tests, which compiles the runtime once."""
-    return pages.Page(browser.new_page(), address)
+    return demo_pages.Page(browser.new_page(), address)
 
 
 @pytest.fixture
-def page(opened) -> Iterator[pages.Page]:
+def page(opened) -> Iterator[demo_pages.Page]:
     """The page, with what earlier tests opened on it; it must report no fault."""
     opened.faults.clear()
     yield opened

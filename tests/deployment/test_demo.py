@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx", reason="the extra `deploy` is not installed")
 pytest.importorskip("onnxscript", reason="the extra `deploy` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `deploy` is not installed")
 
-import pages  # noqa: E402
+import demo_pages  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
 from mmvmamba import demo  # noqa: E402
@@ -39,7 +39,7 @@ def test_resizes_are_those_of_mmcv(page):
     import mmcv
 
     for before, after in (((61, 83), (40, 59)), ((20, 31), (47, 64)), ((40, 60), (20, 30))):
-        pixels = pages.noise(*before)
+        pixels = demo_pages.noise(*before)
         for backend, interpolation in (
             ("cv2", "bilinear"),
             ("pillow", "bilinear"),
@@ -77,7 +77,7 @@ def test_pictures_are_those_of_the_test_pipeline(page, project, tmp_path, config
     cfg = load_config(str(project / "configs" / config))
     init_default_scope(scope_of(cfg))
     path = tmp_path / "picture.png"
-    Image.fromarray(pages.noise(*size)).save(path)
+    Image.fromarray(demo_pages.noise(*size)).save(path)
     [item] = items(cfg, None, [path], None)
     expected = item["inputs"].flip(0).permute(1, 2, 0).numpy()
     page.show(path)
@@ -137,7 +137,7 @@ def largest(tmp_path_factory) -> Path:
 
 
 def test_a_segmentors_labels_are_shown(page, largest, tmp_path):
-    pixels = pages.noise(33, 47)
+    pixels = demo_pages.noise(33, 47)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     page.open(largest, record.path_of(largest))
     page.show(tmp_path / "picture.png")
@@ -150,7 +150,7 @@ def test_a_segmentors_labels_are_shown(page, largest, tmp_path):
 
 def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
     size = (45, 64)
-    Image.fromarray(pages.noise(*size)).save(tmp_path / "picture.png")
+    Image.fromarray(demo_pages.noise(*size)).save(tmp_path / "picture.png")
     found = {
         "boxes": np.array([[3.2, 5.1, 40, 31], [-4, 2, 9, 60], [1, 2, 3, 4]], np.float32),
         "scores": np.array([0.9, 0.5, 0.1], np.float32),
@@ -198,7 +198,7 @@ def test_a_detectors_boxes_and_masks_are_shown(page, tmp_path):
     ],
 )
 def test_what_cannot_be_shown_is_told_in_one_line(page, largest, tmp_path, changes, message):
-    Image.fromarray(pages.noise(33, 47)).save(tmp_path / "picture.png")
+    Image.fromarray(demo_pages.noise(33, 47)).save(tmp_path / "picture.png")
     path = tmp_path / "model.onnx"
     shutil.copyfile(largest, path)
     the_record(**changes).save(path)
@@ -225,7 +225,7 @@ def test_files_that_do_not_belong_together_are_told(page, largest, tmp_path):
 def test_browsers_without_webassembly_are_told(browser, address, largest):
     opened = browser.new_page()
     opened.add_init_script("delete window.WebAssembly")
-    page = pages.Page(opened, address)
+    page = demo_pages.Page(opened, address)
     page.open(largest, record.path_of(largest))
     assert page.text("error").startswith("This browser has no WebAssembly")
     opened.close()
@@ -295,11 +295,11 @@ def test_every_scan_has_its_maps(page, name):
 @pytest.mark.skipif("DEMO_MODEL" not in os.environ, reason="DEMO_MODEL names no model to look at")
 def test_looks(browser, tmp_path):
     """Keeps what docs/demo.md shows."""
-    with pages.served(tmp_path / "page", Path(os.environ["DEMO_MODEL"]).absolute()) as address:
+    with demo_pages.served(tmp_path / "page", Path(os.environ["DEMO_MODEL"]).absolute()) as address:
         opened = browser.new_page(
             viewport={"width": 1000, "height": 800}, device_scale_factor=1.5, color_scheme="light"
         )
-        page = pages.Page(opened, address)
+        page = demo_pages.Page(opened, address)
         opened.click("#sample")
         page.settle()
         # The pizza.

@@ -24,7 +24,7 @@ pytest.importorskip("onnxruntime", reason="the extra `deploy` is not installed")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-import pages  # noqa: E402
+import demo_pages  # noqa: E402
 import small  # noqa: E402
 import tiny  # noqa: E402
 from mmengine.config import Config  # noqa: E402
@@ -173,8 +173,8 @@ def test_products_of_bytes_are_smaller_and_near(whole, tmp_path):
 def test_a_classifiers_numbers_are_pythons(browser, whole, tmp_path):
     """Served, on a picture that is opened; and a click gives the maps of the analysis."""
     classifier = whole("classifier")
-    with pages.served(tmp_path, classifier.path) as address:
-        page = pages.Page(browser.new_page(), address)
+    with demo_pages.served(tmp_path, classifier.path) as address:
+        page = demo_pages.Page(browser.new_page(), address)
         assert "A classifier, config.py. Open a picture." in page.text("status")
         page.show(classifier.pictures[0])
         assert page.text("status").endswith(" ms.")
@@ -208,7 +208,7 @@ def test_a_classifiers_numbers_are_pythons(browser, whole, tmp_path):
         assert not page.faults
 
 
-def check_maps(page: pages.Page, scan, cell: tuple[int, int]) -> None:
+def check_maps(page: demo_pages.Page, scan, cell: tuple[int, int]) -> None:
     found = page.state(
         "Object.fromEntries(Object.entries(state.maps).map(([kind, {each, sum}]) => "
         "[kind, [...each, sum].map(({data}) => Array.from(data))]))"
