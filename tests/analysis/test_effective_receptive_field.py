@@ -1,7 +1,5 @@
 """Effective receptive fields: of layers whose fields are known, measured and drawn."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -244,11 +242,8 @@ def test_mistakes_are_told(run_tool, arguments, message):
     assert message in status
 
 
-def test_several_checkpoints_of_a_model_are_rows(project):
-    path = project / "tools/analysis_tools/erf.py"
-    spec = importlib.util.spec_from_file_location("erf_runs", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_several_checkpoints_of_a_model_are_rows(load_tool):
+    tool = load_tool("erf")
     found = [
         tuple(run) for run in tool.runs(["tiny=epoch_1.pth", "tiny=epoch_2.pth", "a.py=b.pth"])
     ]
@@ -262,12 +257,9 @@ def test_several_checkpoints_of_a_model_are_rows(project):
 
 
 @pytest.mark.parametrize(("number", "models"), [("6", 6), ("13", 8), ("14", 3)])
-def test_a_figure_of_the_paper_is_its_models(project, number, models):
+def test_a_figure_of_the_paper_is_its_models(load_tool, number, models):
     """Six systems, eight scan patterns, three initialisations, each of which can be found."""
-    path = project / "tools/analysis_tools/erf.py"
-    spec = importlib.util.spec_from_file_location("erf_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("erf")
     options = tool.parse_arguments(["--figure", number, "tiny=a.pth"])
     assert len(set(options.models[:-1])) == models
     for name in options.models[:-1]:

@@ -1,6 +1,5 @@
 """The paper's tables: their rows as data, and what benchmark.py --table makes of them."""
 
-import importlib.util
 import re
 from dataclasses import replace
 
@@ -203,12 +202,8 @@ def test_mistakes_are_told(analysis_tool, arguments, message):
 
 
 @pytest.fixture
-def tool(project):
-    path = project / "tools/analysis_tools/benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("benchmark")
 
 
 @pytest.mark.parametrize(

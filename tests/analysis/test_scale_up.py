@@ -1,6 +1,5 @@
 """Scaling up: the accuracy of the test tool, a head that alone learns, and nothing done twice."""
 
-import importlib.util
 import json
 import pickle
 import sys
@@ -188,11 +187,8 @@ def test_what_cannot_be_scaled_is_refused(study):
         scale_up._check_tunable(cli.load_config("mmpretrain::resnet/resnet18_8xb32_in1k.py"))
 
 
-def test_command_line(project, study, checkpoint, sample_data, monkeypatch, tmp_path, capsys):
-    path = project / "tools/analysis_tools/scale_up.py"
-    spec = importlib.util.spec_from_file_location("scale_up_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+def test_command_line(load_tool, study, checkpoint, sample_data, monkeypatch, tmp_path, capsys):
+    tool = load_tool("scale_up")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     options = [f"{key}={value}".replace(" ", "") for key, value in SMALL.items()]

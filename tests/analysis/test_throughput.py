@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
 import io
 import itertools
 import re
@@ -424,12 +423,8 @@ def test_a_section_of_a_markdown_file_is_replaced(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tool(project):
-    path = project / "tools/analysis_tools/benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("benchmark")
 
 
 @pytest.fixture
