@@ -259,6 +259,7 @@ class Operator:
 
     def __call__(self, arguments: NamedTuple, backend: str) -> Tensor:
         """Run the operator on checked arguments."""
+        # A list, since the compiler of PyTorch 2.7 cannot slice a named tuple.
         needed = may_need_gradients(list(arguments)[: self._count])
         # A traced graph may run anywhere, with and without gradients; the tracer compares both.
         tracing = torch.jit.is_tracing()
