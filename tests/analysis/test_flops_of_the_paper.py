@@ -14,16 +14,18 @@ TABLES = (
 # Rows that say again what others do: table 1 is of the models of 6, and all of table 2 but NAT-T of
 # those of 7 and 8, of upstream's configs, or of other heads; S and B differ from T in depths and
 # widths, which table 3, 4 counts, peers in table 8 are those of 7 with its VMamba-T's heads, and
-# sizes between the smallest and the largest lie on one line, which two models are enough to show.
-# Initial values cost nothing (11), and activations, states and ratios between others' no other way.
+# sizes between the smallest and the largest lie on one line, which one model is enough to show.
+# Initial values and activations cost nothing (11, 15), and states and ratios between others' no
+# other way.
 AGAIN = re.compile(
     r"table 1: .*|table 2, ADE20K: .*|table 2, COCO [^:]*: (?!NAT-T).*"
     r"|table [678]: .*-[SB](\[s2l15\])?|table 6: (XCiT-[SM]24.*|XCiT-S12/16|HiViT-T)"
-    r"|table 8: (Vanilla-VMamba|Swin|ConvNeXt)-T|table 3, 4: Vanilla-VMamba-[SB]"
+    r"|table 7: Vanilla-VMamba-T|table 8: (Vanilla-VMamba|Swin|ConvNeXt)-T"
+    r"|table 3, 4: (Vanilla-VMamba-[SB]|VMamba-S)"
     r"|table 9: (XCiT|HiViT).*|table 9: .* at (288|384|512|640)"
-    r"|table 9: (DeiT-S|Vanilla-VMamba-T|VMamba-T\[s2l5\]|ConvNeXt-T) at 768"
+    r"|table 9: (?!VMamba-T at).* at 768"
     r"|table 10: (Unidi|Bidi)-Scan, with dwconv|table 10: Cascade-Scan, without dwconv"
-    r"|table 11: .*|table 12: d_state 4.*|table 14: mlp-ratio 3.*|table 15: ReLU"
+    r"|table 11: .*|table 12: d_state [48].*|table 14: mlp-ratio 3.*|table 15: (ReLU|GELU)"
 )
 
 

@@ -118,6 +118,10 @@ class Recorder(Hook):
 
     def count(self) -> None:
         self.step += 1
+        if self.step == 1:
+            # What was imported and built is not looked through for every sample.
+            gc.collect()
+            gc.freeze()
         if self.step % self.every == 0:
             with self.out.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(take_sample(self.step))) + "\n")
@@ -254,9 +258,6 @@ def main() -> None:
     """Makes the runs that the command line names, each in a fork of this process."""
     folder, sample_data, *runs = sys.argv[1:]
     quick.quicken()
-    # What is there before the first step is not looked through for every sample.
-    gc.collect()
-    gc.freeze()
     for run, steps in zip(runs[::2], map(int, runs[1::2]), strict=True):
         out = Path(folder, run, SAMPLES_FILE)
         out.parent.mkdir()

@@ -216,8 +216,12 @@ def test_offsets_of_64_bits_compile(launches, monkeypatch, tmp_path):
     assert all(r.stack <= SPILL for r in resources), resources
 
 
-def test_1d_compiles(launches, tmp_path):
-    arguments = selective_scan_arguments(1, 2, 64, 16, 300, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("states", "length"),
+    [(2, 32), pytest.param(16, 300, marks=pytest.mark.slow, id="Mamba's own, in chunks")],
+)
+def test_1d_compiles(states, length, launches, tmp_path):
+    arguments = selective_scan_arguments(1, 2, 64, states, length, dtype=torch.bfloat16)
     run("selective_scan", arguments, delta_softplus=True, out_dtype=torch.float32)
     resources = compile_all(launches, 90, tmp_path)
     assert all(r.stack <= SPILL for r in resources), resources

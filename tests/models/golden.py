@@ -55,6 +55,12 @@ def read(case: str, folder: str = "golden") -> dict[str, np.ndarray]:
     return arrays
 
 
+def has_gradients(case: str) -> bool:
+    """Whether a case has gradients, without reading them."""
+    with np.load(DATA / "golden" / f"{case}.npz") as archive:
+        return any(name == "gradients" or name.startswith("g:") for name in archive.files)
+
+
 def load(case: str, folder: str = "golden") -> Golden:
     arrays = read(case, folder)
 

@@ -54,7 +54,7 @@ def test_golden_logits(case):
     assert golden.relative_error(head(backbone(data.input)), data.logits) < GOLDEN_TOLERANCE
 
 
-@pytest.mark.parametrize("case", [c for c in golden.CASES if golden.load(c).grads])
+@pytest.mark.parametrize("case", [c for c in golden.CASES if golden.has_gradients(c)])
 @pytest.mark.parametrize("with_cp", [False, True])
 def test_golden_gradients(case, with_cp):
     data = golden.load(case)
