@@ -16,6 +16,12 @@ SLURM = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_other_stack(monkeypatch):
+    """Scripts read STACK, which the tests of another stack are run with."""
+    monkeypatch.delenv("STACK", raising=False)
+
+
 def bash(script, *arguments, cwd, **variables):
     return subprocess.run(
         ["bash", str(script), *map(str, arguments)],
