@@ -158,6 +158,11 @@ def test_an_editable_install_sees_edits(in_editable, checkout, tmp_path):
         checkout,
         edited,
     ]
+    # The names that other tools read from the metadata are there.
+    metadata = next(in_editable.parents[1].rglob("mmvmamba-*.dist-info"))
+    assert {"mmvmamba", "mmvmamba_kernels"} <= set(
+        (metadata / "top_level.txt").read_text().splitlines()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +215,7 @@ def test_a_wheel_with_openmim(in_wheel, checkout, weights, openmim, sample_data,
     assert TASK.metric in output
 
 
+@pytest.mark.slow  # It finds what the wheel and the index say, both tested here and in configs.
 def test_an_editable_install_with_openmim(in_editable, checkout, openmim, tmp_path):
     call = functools.partial(mim, in_editable, openmim, tmp_path)
 
@@ -221,12 +227,6 @@ def test_an_editable_install_with_openmim(in_editable, checkout, openmim, tmp_pa
     assert f"use {checkout}/configs/sample/edited.py" in " ".join(output.split())
     # The script ran, and read the config.
     assert "error: the train data set (ImageNet) is not there: /nowhere does not exist" in output
-
-    # The names that other tools read from the metadata are still there.
-    metadata = next(in_editable.parents[1].rglob("mmvmamba-*.dist-info"))
-    assert {"mmvmamba", "mmvmamba_kernels"} <= set(
-        (metadata / "top_level.txt").read_text().splitlines()
-    )
 
 
 def test_configs_can_be_found_by_their_file_name(project):
