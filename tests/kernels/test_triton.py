@@ -146,8 +146,9 @@ def test_2d_warps_of_64_lanes(monkeypatch):
 
 
 @pytest.mark.triton
-def test_2d_low_precision_maps_with_float32_parameters():
-    arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, 1, device=DEVICE)
+@pytest.mark.parametrize("states", [1, 2])
+def test_2d_low_precision_maps_with_float32_parameters(states):
+    arguments = selective_scan_2d_arguments(1, 2, 5, 3, 2, states, device=DEVICE)
     for name in ("x", "proj"):
         arguments[name] = arguments[name].detach().bfloat16().requires_grad_()
     check_2d(arguments, "cross2d")

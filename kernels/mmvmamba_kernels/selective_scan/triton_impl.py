@@ -13,6 +13,7 @@ from mmvmamba_kernels.arguments import state_dtype
 from mmvmamba_kernels.backends.triton.scan import (
     Layout,
     Operands,
+    rounds_states,
     scan_backward,
     scan_forward,
 )
@@ -36,6 +37,9 @@ def _layout(scan: Arguments) -> Layout:
         stride_u_k=channels,
         stride_y_k=channels,
         stride_delta_k=channels,
+        rounded=rounds_states(
+            torch.promote_types(scan.B.dtype, scan.C.dtype), state_dtype(*scan), states
+        ),
     )
 
 

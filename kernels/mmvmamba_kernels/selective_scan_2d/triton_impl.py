@@ -19,6 +19,7 @@ from mmvmamba_kernels.backends.triton.scan import (
     Layout,
     Operands,
     images_at_once,
+    rounds_states,
     scan_backward,
     scan_forward,
     sum_buffers,
@@ -45,6 +46,7 @@ def _layout(scan: Arguments, low_rank: int = 0, rank: int = 0) -> Layout:
         stride_delta_k=positions * channels,
         steps=scan.steps,
         partial=scan.partial,
+        rounded=rounds_states(scan.proj.dtype, state_dtype(*scan), scan.A.shape[2]),
     )
 
 

@@ -102,6 +102,8 @@ class Layout:
     """Positions of the longest path, where paths are lists; ``paths`` walk along the lists."""
     partial: bool = False
     """Whether paths need not visit every position: maps that are written are set beforehand."""
+    rounded: bool = False
+    """Whether the forward pass saves states in bfloat16."""
 
     @property
     def lines(self) -> int:
@@ -123,10 +125,10 @@ class Layout:
     def saved_interval(self) -> int:
         """Positions between the states that the forward pass saves, a multiple of INTERVAL.
 
-        One state at every interval is as much memory as a bfloat16 input. Several are saved at
-        every second, and the backward pass finds those between.
+        One state at every interval is as much memory as a bfloat16 input. Several are saved in
+        bfloat16, or at every second, and the backward pass finds those between.
         """
-        return INTERVAL if self.states == 1 else 2 * INTERVAL
+        return INTERVAL if self.states == 1 or self.rounded else 2 * INTERVAL
 
     @property
     def turn(self) -> int:
@@ -135,9 +137,10 @@ class Layout:
 
     @property
     def carries_shape(self) -> tuple[int, ...]:
-        """Shape of the states that the forward pass saves."""
+        """Shape of the states that the forward pass saves; two of bfloat16 are one of float32."""
         intervals = ceil_div(self.length, self.saved_interval)
-        return self.sequences, len(self.paths), intervals, self.states, self.channels
+        states = self.states // 2 if self.rounded else self.states
+        return self.sequences, len(self.paths), intervals, states, self.channels
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,17 @@ class Operands:
     """Of states and sums."""
     lists: Tensor | None = None
     """Where paths are lists, (K, 1 + steps) int32: a path's length, and its positions."""
+
+
+def rounds_states(factors: torch.dtype, dtype: torch.dtype, states: int) -> bool:
+    """Whether states are saved in bfloat16: several of them, where B and C are it, too.
+
+    Args:
+        factors: Of B and C.
+        dtype: Of the states.
+        states: Their number; they are saved in pairs.
+    """
+    return (factors, dtype) == (torch.bfloat16, torch.float32) and states % 2 == 0
 
 
 def chunk_length(programs: int, length: int, processors: int, warps: _Warps, multiple: int) -> int:
@@ -368,7 +382,7 @@ class _Launch:
             *self.inputs,
             self.absent if skip is None else skip,
             entering,
-            carries,
+            carries.view(torch.bfloat16) if self.layout.rounded else carries,
             y,
             *self.sizes,
             self.chunk,
@@ -482,7 +496,7 @@ def scan_backward(
             u,
             *launch.inputs,
             launch.absent if skip is None else skip,
-            carries,
+            carries.view(torch.bfloat16) if layout.rounded else carries,
             grad_y,
             entering,
             grad_u,

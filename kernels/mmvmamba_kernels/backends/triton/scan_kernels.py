@@ -505,14 +505,17 @@ def _load_saved(
     inside,
     N: tl.constexpr,
     RATIO: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    LANES: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """The states that were saved before group ``index`` or the one before it; first if none is."""
+    """The states that were saved before group ``index`` or the one before it; first if none is.
+
+    They are as they were saved: the loop carries them.
+    """
     row = tl.maximum(index, 0) // RATIO
     ptr += row.to(tl.int64) * (N * channels)
-    return _load_states(ptr, channels, inside, N, BLOCKS, LANES, ACC)
+    states = ()
+    for n in tl.static_range(N):
+        states = states + (tl.load(ptr + n * channels, mask=inside[0], other=0.0),)
+    return states
 
 
 @triton.jit
@@ -1277,6 +1280,7 @@ def _adjoint(
     ``through_drive`` and ``through_rate`` with this state's share: B g, and log2(e) times the
     gradient of the step sizes through the decays.
     """
+    state = state.to(ACC)
     entered = ()
     decays = ()
     of_c = ()
@@ -1644,6 +1648,7 @@ def selective_scan_bwd_kernel(
                 grad_skip += u * grad
             entered = saved
             if RATIO > 1:
+                # The dtype of saved states is that of states then.
                 if index % RATIO != 0:
                     entered = _find_states(
                         saved,
@@ -1759,16 +1764,12 @@ def selective_scan_bwd_kernel(
             early_bases, next_offsets, inside, EARLY, GROUP, BLOCKS, LANES, FULL
         )
         cursor = _next_group(cursor, path, True, GROUP, SHORT)
-        if RATIO == 1:
+        if N == 1:
             saved = next_saved
-            next_saved = _load_saved(
-                carries_base, index - 2, channels, inside, N, RATIO, BLOCKS, LANES, ACC
-            )
+            next_saved = _load_saved(carries_base, index - 2, channels, inside, N, RATIO)
         else:
             following = tl.minimum(index, groups) - 1
-            saved = _load_saved(
-                carries_base, following, channels, inside, N, RATIO, BLOCKS, LANES, ACC
-            )
+            saved = _load_saved(carries_base, following, channels, inside, N, RATIO)
     _store_states(
         grad_a_ptr + sums_row * (N * channels) + d, grad_a, channels, inside, N, BLOCKS, LANES
     )
