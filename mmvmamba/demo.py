@@ -168,9 +168,10 @@ def _files_of(model: Path) -> dict[str, Path]:
             "python tools/deployment/export.py CONFIG CHECKPOINT model.onnx --activation-maps"
         )
     record = model.with_name(f"{model.name}.json")
-    for path in (model, record):
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist (working directory: {Path.cwd()}).")
+    if not model.is_file():
+        raise UsageError(f"{model} does not exist (working directory: {Path.cwd()}).")
+    if not record.is_file():
+        raise UsageError(f"{record} is missing: copy it along with {model.name}, or export anew.")
     # As mmvmamba.deployment.record.scans_path, whose import takes seconds.
     scans = model.with_suffix(".scans.onnx")
     files = {MODEL: model, f"{MODEL}.json": record}
@@ -252,7 +253,10 @@ def show(options: argparse.Namespace) -> None:
             "Open one on the page."
         )
     if options.out:
-        assemble(options.out, model)
+        try:
+            assemble(options.out, model)
+        except OSError as error:
+            raise UsageError(f"--out {options.out} cannot be written: {error}.") from error
         tell(f"{options.out}: the page, for any web server.")
         return
     with tempfile.TemporaryDirectory() as temporary:

@@ -93,7 +93,6 @@ def export_model(
     check_format(out, kind)
     cfg, module = loaded.cfg, loaded.module
     program = trace(module, *example_for(module, size, module.batched))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write(program, out, kind, module.outputs, custom_op)
     record = Record(
         task=scope_of(cfg),
@@ -128,7 +127,8 @@ def check_format(out: Path, kind: str) -> None:
     """Refuses what could only fail after the export.
 
     Raises:
-        UsageError: If the file's name does not fit the format, or a package is missing.
+        UsageError: If the file's name does not fit the format, its folder cannot be made, or a
+            package is missing.
     """
     if out.suffix != FORMATS[kind]:
         raise UsageError(f"{out}: a file of --format {kind} ends in {FORMATS[kind]}.")
@@ -137,6 +137,10 @@ def check_format(out: Path, kind: str) -> None:
         raise UsageError(
             f"--format {kind} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error}.") from error
 
 
 def example_for(

@@ -1,6 +1,8 @@
 """Exported models in their runtimes: one way to call them all."""
 
+import re
 import tempfile
+import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -144,11 +146,17 @@ def _open_onnx(path: Path, threads: int | None, operators: Path | None) -> Run:
     # Its warnings of initialisers that it need not copy.
     options.log_severity_level = 3
     state = runtime.capi.onnxruntime_pybind11_state
-    refusals = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented)
+    refusals = (
+        state.Fail,
+        state.InvalidArgument,
+        state.InvalidGraph,
+        state.InvalidProtobuf,
+        state.NotImplemented,
+    )
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except refusals as error:
-        raise UsageError(_cannot_open(path, f"onnxruntime {runtime.__version__}", error)) from error
+        raise UsageError(_cannot_open(path, str(error))) from error
     [name] = (given.name for given in session.get_inputs())
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -169,7 +177,7 @@ def _open_openvino(path: Path, threads: int | None) -> Run:
     try:
         model = openvino.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as error:
-        raise UsageError(_cannot_open(path, f"openvino {openvino.__version__}", error)) from error
+        raise UsageError(_cannot_open(path, str(error))) from error
     request = model.create_infer_request()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -182,10 +190,13 @@ def _open_openvino(path: Path, threads: int | None) -> Run:
 def _open_pt2(path: Path, threads: int | None) -> Run:
     import mmvmamba_kernels  # noqa: F401 (the operators of the file)
 
+    # PyTorch would log a traceback, and try an older format.
+    if not zipfile.is_zipfile(path):
+        raise UsageError(_cannot_open(path, "it is no zip archive"))
     try:
         module = torch.export.load(path).module()
     except (RuntimeError, ValueError, KeyError) as error:
-        raise UsageError(_cannot_open(path, f"torch {torch.__version__}", error)) from error
+        raise UsageError(_cannot_open(path, str(error))) from error
     if threads:
         torch.set_num_threads(threads)
 
@@ -198,9 +209,13 @@ def _open_pt2(path: Path, threads: int | None) -> Run:
     return run
 
 
-def _cannot_open(path: Path, runtime: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+def _cannot_open(path: Path, reason: str) -> str:
+    name = RUNTIMES[path.suffix]
+    version = import_module(name).__version__.split("-")[0]
+    # The last line, without the place in the runtime's own source.
+    last = reason.strip().split("\n")[-1]
+    last = re.sub(r"^.*? failed:(/\S+:\d+ .*?\) )?", "", last).rstrip(".")
     return (
-        f"{runtime} cannot open {path} ({reason[:300]}): update the runtime, or export the model "
-        "anew. The JSON beside it has the versions that made it."
+        f"{name} {version} cannot open {path} ({last[-300:]}): copy it again with the files beside "
+        f"it, update {name}, or export the model anew."
     )

@@ -341,6 +341,16 @@ def test_errors_are_a_line(argument, message):
     assert str(stopped.value).startswith(message)
 
 
+def test_what_the_page_needs_is_told_before_it_is_served(runtime, tmp_path):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=r"model\.onnx\.json is missing: copy it along"):
+        demo.main([str(model), "--no-browser"])
+    the_record().save(model)
+    with pytest.raises(SystemExit, match="--out .* cannot be written: "):
+        demo.main([str(model), "--out", str(model)])
+
+
 def test_a_folder_is_written_for_other_servers(runtime, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo.main(["--fetch"])

@@ -330,10 +330,33 @@ def test_files_that_cannot_be_used_say_what_to_do(doubling, tmp_path):
     graph = onnx.load(path)
     graph.opset_import[0].version = 99
     onnx.save(graph, path)
-    with pytest.raises(UsageError, match="update the runtime, or export the model anew"):
+    message = r"model\.onnx \(.* till opset \d+\): .* update onnxruntime, or export the model anew"
+    with pytest.raises(UsageError, match=message):
         runtimes.Deployed(path)
     with pytest.raises(UsageError, match="exported models end in"):
         runtimes.Deployed(tmp_path / "model.engine")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("model.onnx", b"", "No graph was found in the protobuf"),
+        ("model.onnx", b"junk", "Protobuf parsing failed"),
+        ("model.xml", b"<net><layers/></net>", ".*"),
+        ("model.pt2", b"junk", "it is no zip archive"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    message = rf"^\w+ \S+ cannot open .*{name} \({reason}\): copy it again with the files beside it"
+    with pytest.raises(UsageError, match=message):
+        runtimes.open_file(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_export(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"model\.pt2 cannot be written: .*file"):
+        export.check_format(tmp_path / "file" / "model.pt2", "pt2")
 
 
 @pytest.mark.parametrize(
