@@ -172,10 +172,14 @@ def _files_of(model: Path) -> dict[str, Path]:
         raise UsageError(f"{model} does not exist (working directory: {Path.cwd()}).")
     if not record.is_file():
         raise UsageError(f"{record} is missing: copy it along with {model.name}, or export anew.")
-    # As mmvmamba.deployment.record.scans_path, whose import takes seconds.
-    scans = model.with_suffix(".scans.onnx")
+    scans = _scans_of(model)
     files = {MODEL: model, f"{MODEL}.json": record}
     return files | ({"model.scans.onnx": scans} if scans.is_file() else {})
+
+
+def _scans_of(model: Path) -> Path:
+    """As `mmvmamba.deployment.record.scans_path`, whose import takes seconds."""
+    return model.with_suffix(".scans.onnx")
 
 
 def quick_start_model() -> Path | None:
@@ -189,9 +193,11 @@ def quick_start_model() -> Path | None:
         return None
     checkpoint = QUICK_START / trained.read_text().strip()
     model = QUICK_START / MODEL
-    if model.is_file() and model.stat().st_mtime > checkpoint.stat().st_mtime:
+    # What an export writes last: one that was interrupted leaves the model without it.
+    last = _scans_of(model)
+    if last.is_file() and last.stat().st_mtime > checkpoint.stat().st_mtime:
         return model
-    tell(f"Exporting the quick start's detector to {model}, in about a minute.")
+    tell(f"Exporting the quick start's detector to {model}, in two to three minutes.")
     tool = project_folder() / "tools/deployment/export.py"
     command = [QUICK_START_CONFIG, checkpoint, model, "--activation-maps"]
     done = subprocess.run([sys.executable, tool, *command], check=False)

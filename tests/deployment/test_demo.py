@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -369,7 +370,7 @@ def quick_start(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     demo.QUICK_START.mkdir(parents=True)
     (demo.QUICK_START / "trained").write_text("epoch_16.pth\n")
-    for time, name in enumerate(("epoch_16.pth", demo.MODEL)):
+    for time, name in enumerate(("epoch_16.pth", demo.MODEL, "model.scans.onnx")):
         (demo.QUICK_START / name).write_bytes(b"nothing")
         os.utime(demo.QUICK_START / name, (time, time))
     return demo.QUICK_START
@@ -377,6 +378,20 @@ def quick_start(tmp_path, monkeypatch) -> Path:
 
 def test_the_quick_starts_detector_is_exported_once(quick_start):
     assert demo.quick_start_model() == quick_start / demo.MODEL
+
+
+def test_an_interrupted_export_is_begun_again(quick_start, monkeypatch):
+    (quick_start / "model.scans.onnx").unlink()
+    commands = []
+
+    def interrupted(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    with pytest.raises(UsageError, match="the quick start's detector could not be exported"):
+        demo.quick_start_model()
+    assert commands[0][-2:] == [quick_start / demo.MODEL, "--activation-maps"]
 
 
 @pytest.mark.slow
