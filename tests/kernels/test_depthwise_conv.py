@@ -97,20 +97,31 @@ def test_warps_of_64_lanes(channels, monkeypatch):
 
     blocks = []
     monkeypatch.setattr(triton_impl, "lanes", lambda _: 64)
-    tiling = triton_impl.tiling
-    monkeypatch.setattr(triton_impl, "tiling", lambda *v: blocks.append(v[2]) or tiling(*v))
+
+    def recorded(tiling):
+        return lambda *values: blocks.append(values[2]) or tiling(*values)
+
+    for name in ("tiling", "stacked_tiling"):
+        monkeypatch.setattr(triton_impl, name, recorded(getattr(triton_impl, name)))
     check(depthwise_conv_arguments(1, 2, 3, channels, device=DEVICE), "triton")
     # Forward, and backward: no lane is left without a channel of a block.
     assert blocks == [64 if channels == 65 else 128, 64]
 
 
 @pytest.mark.triton
-def test_long_programs(monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "longest"),
+    # Backwards one program for all maps; programs that begin and end in each row of a map.
+    [((1, 19, 4, 3), 256), ((3, 1, 4, 3), 256), ((4, 2, 4, 3), 256), ((4, 3, 8, 3), 5)],
+    ids=str,
+)
+def test_long_programs(shape, longest, monkeypatch):
     """As for so many maps that programs need not be short: here they have two rows at most."""
     from mmvmamba_kernels.depthwise_conv import triton_impl
 
     monkeypatch.setattr(triton_impl, "multiprocessors", lambda _: 0)
-    check(depthwise_conv_arguments(1, 19, 4, 3, device=DEVICE), "triton")
+    monkeypatch.setattr(triton_impl, "_LONGEST_BACKWARD", longest)
+    check(depthwise_conv_arguments(*shape, device=DEVICE), "triton")
 
 
 @pytest.mark.parametrize(
@@ -433,6 +444,29 @@ def test_programs_cover_the_map_once(block, columns, longest, multiprocessors):
                     # Cut further than it must be: only for work, and not into single rows.
                     assert tiles.rows > 1
                     assert batch * tiles.strips * tiles.blocks < multiprocessors * 16
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(("together", "most"), [(1, 12), (2, 8)])
+def test_backward_programs_cover_all_maps_once(together, most, multiprocessors):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from mmvmamba_kernels.depthwise_conv.triton_impl import stacked_tiling
+
+    for height in (1, 7, 17, 56, 200):
+        for width in (1, 7, 8, 50, 1000):
+            for batch, channels in ((1, 5), (128, 96), (2, 768)):
+                shape = torch.Size((batch, height, width, channels))
+                tiles = stacked_tiling(shape, 7, 32, together, multiprocessors)
+                total = batch * (height + 1)
+                assert tiles.rows * (tiles.chunks - 1) < total <= tiles.rows * tiles.chunks
+                assert tiles.columns * (tiles.strips - 1) < width <= tiles.columns * tiles.strips
+                assert tiles.programs == tiles.strips * tiles.chunks
+                assert tiles.blocks * 32 >= channels > (tiles.blocks - 1) * 32
+                assert 2 <= tiles.rows <= 256
+                slots = multiprocessors * most * together
+                if tiles.rows < 256 and tiles.strips * tiles.blocks <= slots:
+                    # All at once on the GPU.
+                    assert tiles.programs * tiles.blocks <= slots
 
 
 @on_gpu

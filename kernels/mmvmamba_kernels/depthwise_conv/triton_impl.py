@@ -32,11 +32,15 @@ _WARPS = 16
 _SHORTEST = 2
 """Rows of the shortest programs, which read the two around them as well."""
 
-_LONGEST_FORWARD = 16
+_LONGEST = 16
 """Rows at which their overlap costs little: shorter programs share out the work more evenly."""
 
-_LONGEST_BACKWARD = 32
-"""The same where four rows overlap, and every program leaves partial sums."""
+_WARPS_BACKWARD = {2: 8, 1: 12}
+"""Programs that run at once on a multiprocessor, as many on each of its four schedulers, by the
+tiles of a program. Backwards there are no more: four rows overlap, and each leaves partial sums."""
+
+_LONGEST_BACKWARD = 256
+"""Rows of the longest programs backwards, where strips and channels alone give more of them."""
 
 _COLUMNS = 7
 """Columns of a program, in all maps, so that one kernel serves them.
@@ -58,7 +62,7 @@ class _Tiling:
     chunks: int
     block: int
     programs: int
-    """Of one channel block; backwards, one may be two of these."""
+    """Of one channel block; backwards, one may be two of these, which go from map to map."""
     blocks: int
 
     def sizes(self, shape: torch.Size) -> tuple[int, ...]:
@@ -89,6 +93,27 @@ def tiling(shape: torch.Size, columns: int, block: int, longest: int, processors
     return _Tiling(columns, strips, rows, chunks, block, batch * strips * chunks, blocks)
 
 
+def stacked_tiling(
+    shape: torch.Size, columns: int, block: int, together: int, processors: int
+) -> _Tiling:
+    """Cut maps that are one above the other, with a row below each, into strips and chunks.
+
+    Args:
+        shape: (B, H, W, C).
+        columns: Of a strip.
+        block: Channels of a program.
+        together: Tiles of a program.
+        processors: Multiprocessors of the GPU.
+    """
+    batch, height, width, channels = shape
+    strips, blocks = ceil_div(width, columns), ceil_div(channels, block)
+    total = batch * (height + 1)
+    wanted = processors * _WARPS_BACKWARD[together] * together // max(strips * blocks, 1)
+    rows = max(min(ceil_div(total, max(wanted, 1)), _LONGEST_BACKWARD), _SHORTEST)
+    chunks = ceil_div(total, rows)
+    return _Tiling(columns, strips, rows, chunks, block, strips * chunks, blocks)
+
+
 def _positions(x: Tensor) -> tuple[Tensor, int]:
     """The map with channels next to each other, and elements from a position to the next.
 
@@ -108,15 +133,15 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _tiling(x: Tensor, dtype: torch.dtype, backward: bool) -> _Tiling:
-    """How a pass cuts a map; forwards with two channels a lane where that leaves no lane idle."""
+def _tiling(x: Tensor, dtype: torch.dtype) -> _Tiling:
+    """How the forward pass cuts maps; two channels a lane where that leaves no lane idle."""
     double, width = dtype == torch.float64, lanes(x.device)
-    two = not (double or backward or x.shape[3] % (2 * width))
+    two = not (double or x.shape[3] % (2 * width))
     return tiling(
         x.shape,
         _COLUMNS_TWICE if double or two else _COLUMNS,
         2 * width if two else width,
-        _LONGEST_BACKWARD if backward else _LONGEST_FORWARD,
+        _LONGEST,
         multiprocessors(x.device),
     )
 
@@ -150,7 +175,7 @@ def forward(arguments: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
         x, stride = _positions(x)
-        channels, tiles = x.shape[3], _tiling(x, dtype, backward=False)
+        channels, tiles = x.shape[3], _tiling(x, dtype)
         with on_device(x):
             depthwise_conv_fwd_kernel[tiles.grid](
                 x,
@@ -176,12 +201,15 @@ def backward(
     dtype = carries.dtype
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     x, stride = _positions(x)
-    channels, tiles = x.shape[3], _tiling(x, dtype, backward=True)
+    # A lane has two channels of 16 bits in a word, and a program two tiles for it.
+    together = 2 if x.element_size() == 2 and dtype == torch.float32 else 1
+    batch, height, width, channels = x.shape
+    columns = _COLUMNS_TWICE if dtype == torch.float64 else _COLUMNS
+    processors = multiprocessors(x.device)
+    tiles = stacked_tiling(x.shape, columns, lanes(x.device), together, processors)
     partial = x.new_empty((tiles.programs, 10, channels), dtype=dtype)
     if x.numel():
         with on_device(x):
-            # A lane has two channels of 16 bits in a word, and a program two tiles for it.
-            together = 2 if x.element_size() == 2 and dtype == torch.float32 else 1
             depthwise_conv_bwd_kernel[(ceil_div(tiles.programs, together) * tiles.blocks,)](
                 x,
                 _taps(weight),
@@ -189,7 +217,11 @@ def backward(
                 grad_out.contiguous(),
                 grad_x,
                 partial,
-                *tiles.sizes(x.shape),
+                height,
+                width,
+                batch * (height + 1),
+                tiles.strips,
+                tiles.rows,
                 tiles.programs,
                 C=channels,
                 STRIDE=stride,

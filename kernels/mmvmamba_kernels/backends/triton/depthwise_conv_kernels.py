@@ -13,33 +13,35 @@ import triton
 import triton.language as tl
 
 # Sizes that change from image to image: a kernel compiled for one serves all.
-_SIZES = ("height", "width", "strips", "chunks", "rows", "tiles")
+_SIZES = ("height", "width", "strips", "chunks", "rows", "tiles", "total")
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 _RSQRT2 = tl.constexpr(0.7071067811865476)
 _RSQRT2PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
 def _sigmoid(z, FAST: tl.constexpr):
+    """Of an argument that is multiplied by -log2(e)."""
     if FAST:
         # A precise exponential and division cost more than the nine products.
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;",
             "=f,f",
-            [z * -_LOG2E],
+            [z],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
         )
     else:
-        return 1.0 / (1.0 + tl.exp(-z))
+        return 1.0 / (1.0 + tl.exp2(z))
 
 
 @triton.jit
 def _activation(z, ACT: tl.constexpr, FAST: tl.constexpr):
     if ACT == "silu":
-        return z * _sigmoid(z, FAST)
+        return z * _sigmoid(z * -_LOG2E, FAST)
     elif ACT == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * _RSQRT2))
     elif ACT == "relu":
@@ -50,9 +52,10 @@ def _activation(z, ACT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def _derivative(z, ACT: tl.constexpr, FAST: tl.constexpr):
+    """By z, which is multiplied by -log2(e) for silu."""
     if ACT == "silu":
         s = _sigmoid(z, FAST)
-        return s + s * z * (1.0 - s)
+        return s * (z * (_LN2 * _LN2 - _LN2 * _LN2 * s) - _LN2)
     elif ACT == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _RSQRT2)) + z * _RSQRT2PI * tl.exp(-0.5 * z * z)
     elif ACT == "relu":
@@ -111,10 +114,9 @@ def _taps(taps_ptr, c, inside, C, ACC: tl.constexpr):
 @triton.jit
 def _load_row(
     ptr,
-    row,
+    exists,
     column,
     inside,
-    height,
     width,
     STRIDE,
     P: tl.constexpr,
@@ -124,9 +126,10 @@ def _load_row(
 
     Args:
         ptr: Where the row's first column is, for every channel.
+        exists: Whether the row is in the map.
     """
     # One comparison a column.
-    columns = tl.where((row >= 0) & (row < height), width - column, 0)
+    columns = tl.where(exists, width - column, 0)
     values = ()
     for j in tl.static_range(-MORE, P + MORE):
         mask = inside & (columns > j)
@@ -138,10 +141,22 @@ def _load_row(
 
 
 @triton.jit
-def _converted(values, COUNT: tl.constexpr, ACC: tl.constexpr):
+def _converted(values, COUNT: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr):
     converted = ()
     for j in tl.static_range(COUNT):
-        converted = converted + (values[j].to(ACC),)
+        if FAST and values[j].dtype == tl.bfloat16:
+            # One instruction a number, where the compiler takes the upper one out first.
+            value = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+                "=r,=r,r",
+                [values[j]],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            value = values[j].to(ACC)
+        converted = converted + (value,)
     return converted
 
 
@@ -204,10 +219,10 @@ def depthwise_conv_fwd_kernel(
     step = width.to(tl.int64) * STRIDE
     x_row = x_ptr + position * STRIDE + c
     out_row = out_ptr + position * C + c
-    above = _load_row(x_row - step, first - 1, column, inside, height, width, STRIDE, P, 1)
-    above = _converted(above, P + 2, ACC)
-    here = _load_row(x_row, first, column, inside, height, width, STRIDE, P, 1)
-    here = _converted(here, P + 2, ACC)
+    above = _load_row(x_row - step, first > 0, column, inside, width, STRIDE, P, 1)
+    above = _converted(above, P + 2, ACC, FAST)
+    here = _load_row(x_row, first < height, column, inside, width, STRIDE, P, 1)
+    here = _converted(here, P + 2, ACC, FAST)
     ending = ()
     begun = ()
     for j in tl.static_range(P):
@@ -215,8 +230,9 @@ def depthwise_conv_fwd_kernel(
         begun = begun + (_add(bias, here, taps, j, 0),)
     for i in range(count):
         x_row += step
-        below = _load_row(x_row, first + i + 1, column, inside, height, width, STRIDE, P, 1)
-        below = _converted(below, P + 2, ACC)
+        exists = first + i + 1 < height
+        below = _load_row(x_row, exists, column, inside, width, STRIDE, P, 1)
+        below = _converted(below, P + 2, ACC, FAST)
         following = ()
         starting = ()
         for j in tl.static_range(P):
@@ -278,8 +294,8 @@ def depthwise_conv_bwd_kernel(
     partial_ptr,
     height,
     width,
+    total,
     strips,
-    chunks,
     rows,
     tiles,
     C: tl.constexpr,
@@ -296,7 +312,8 @@ def depthwise_conv_bwd_kernel(
 
     Row by row, what the activation took is computed again and its gradient goes to the three rows
     of x's gradient that need it, so that it is never in memory. Neighbours compute it too where
-    they need it: a row above and below, and a column on each side.
+    they need it: a row above and below, and a column on each side. Maps are one above the other,
+    with a row of zeros below each, so that a program walks from map to map.
 
     Args:
         x_ptr: The map, STRIDE elements from a position to the next.
@@ -306,9 +323,9 @@ def depthwise_conv_bwd_kernel(
         grad_x_ptr: Where the gradient of x goes, contiguous.
         partial_ptr: Where every program's sums go: of the nine weights and the bias, (programs of
             one channel block, 10, C).
+        total: Rows of all maps and the rows of zeros below them.
         strips: Groups of P columns in a row of the map.
-        chunks: Groups of rows in a map.
-        rows: Rows of such a group.
+        rows: Rows of a program.
         tiles: Groups of columns and rows in all maps.
         TILES: How many of them a program takes at once, side by side in its lanes.
     """
@@ -316,18 +333,24 @@ def depthwise_conv_bwd_kernel(
     start, program = _program(C, BLOCK_C)
     lanes = tl.arange(0, SIZE)
     tile = program * TILES + lanes // BLOCK_C
-    column, first, count, position = _tile(tile, height, width, strips, chunks, rows, P)
+    column = tile % strips * P
+    first = tile // strips * rows
     # A tile that does not exist has no columns.
     column = tl.where(tile < tiles, column, width)
     c, inside = _channels(start, lanes % BLOCK_C, C, C % BLOCK_C == 0)
-    taps = _taps(taps_ptr, c, inside, C, ACC)
+    # What an exponential takes is computed without a product of its own: all gradients here are
+    # of that, the products with the weights make up for it, and the sums are scaled.
+    SCALE: tl.constexpr = -_LOG2E if ACT == "silu" else 1.0
+    unscaled = _taps(taps_ptr, c, inside, C, ACC)
+    taps = ()
     turned = ()
     for t in tl.static_range(9):
-        turned = turned + (taps[8 - t],)
+        taps = taps + (unscaled[t] * SCALE,)
+        turned = turned + (unscaled[8 - t] * SCALE,)
     zero = tl.zeros((SIZE,), ACC)
     bias = zero
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC) * SCALE
     sums = ()
     for _ in tl.static_range(10):
         sums = sums + (tl.zeros((SIZE,), ACC),)
@@ -339,44 +362,50 @@ def depthwise_conv_bwd_kernel(
 
     x_step = width.to(tl.int64) * STRIDE
     step = width.to(tl.int64) * C
-    # Two rows above this program's own; of the gradient one.
-    x_row = x_ptr + position * STRIDE + c - 2 * x_step
-    grad_row = grad_out_ptr + position * C + c - step
-    out_row = grad_x_ptr + position * C + c - 2 * step
-    # No two names for one value, which Triton would not take to change.
-    above = ()
-    here = ()
-    loaded = ()
-    for _ in tl.static_range(P + 4):
-        above = above + (tl.zeros((SIZE,), ACC),)
-        here = here + (tl.zeros((SIZE,), ACC),)
-        loaded = loaded + (tl.zeros((SIZE,), x_ptr.dtype.element_ty),)
-    for i in range(3):
-        above = here
-        here = _converted(loaded, P + 4, ACC)
-        ptr = x_row + i * x_step
-        loaded = _load_row(ptr, first - 2 + i, column, inside, height, width, STRIDE, P, 2)
-    x_row += 3 * x_step
-    grads = _load_row(grad_row, first - 1, column, inside, height, width, C, P, 1)
+    # Two rows above this program's own; of the gradient one. A row of zeros is nowhere in memory.
+    row = first + height - 1
+    images = row // (height + 1)
+    position = (row - images - height).to(tl.int64) * width + column
+    row -= images * (height + 1)
+    x_row = x_ptr + position * STRIDE + c
+    out_row = grad_x_ptr + position * C + c
+    above = _load_row(x_row, (first > 1) & (row < height), column, inside, width, STRIDE, P, 2)
+    grad_row = grad_out_ptr + position * C + c + tl.where(row < height, step, 0)
+    x_row += tl.where(row < height, x_step, 0)
+    row = tl.where(row < height, row + 1, 0)
+    here = _load_row(x_row, (first > 0) & (row < height), column, inside, width, STRIDE, P, 2)
+    x_row += tl.where(row < height, x_step, 0)
+    row = tl.where(row < height, row + 1, 0)
+    loaded = _load_row(x_row, row < height, column, inside, width, STRIDE, P, 2)
+    grads = _load_row(grad_row, row > 0, column, inside, width, C, P, 1)
+    above = _converted(above, P + 4, ACC, FAST)
+    here = _converted(here, P + 4, ACC, FAST)
+    # The row of x with which the row that is written, three above, is one of zeros.
+    unwritten = 2 % (height + 1)
+    count = tl.minimum(rows, total - first)
     for i in range(rows + 2):
-        below = _converted(loaded, P + 4, ACC)
-        of_z = _converted(grads, P + 2, ACC)
+        below = _converted(loaded, P + 4, ACC, FAST)
+        of_z = _converted(grads, P + 2, ACC, FAST)
         # The next turn's rows are asked for before all that this one computes, and carried to it
         # as they are.
-        row = first + i
-        grad_row += step
-        loaded = _load_row(x_row, row + 1, column, inside, height, width, STRIDE, P, 2)
-        grads = _load_row(grad_row, row, column, inside, height, width, C, P, 1)
-        x_row += x_step
+        x_row += tl.where(row < height, x_step, 0)
+        grad_row += tl.where(row > 0, step, 0)
+        row = tl.where(row < height, row + 1, 0)
+        exists = (row < height) & (first + i + 1 < total)
+        loaded = _load_row(x_row, exists, column, inside, width, STRIDE, P, 2)
+        exists = (row > 0) & (first + i < total)
+        grads = _load_row(grad_row, exists, column, inside, width, C, P, 1)
         if ACT != "none":
             of_z = _through_activation(of_z, above, here, below, taps, bias, P + 2, ACT, FAST)
-        owned = inside & (i > 0) & (i <= count)
-        columns = tl.where((i > 1) & (i <= count + 1), width - column, 0)
+        # Rows behind the map's have no gradient.
+        if (i > 0) & (i <= rows):
+            for j in tl.static_range(P):
+                sums = _add_products(sums, above, here, below, of_z[j + 1], j + 1)
+        written = (i > 1) & (i <= count + 1) & (row != unwritten)
+        columns = tl.where(written, width - column, 0)
         following = ()
         starting = ()
         for j in tl.static_range(P):
-            own = tl.where(owned, of_z[j + 1], 0.0)
-            sums = _add_products(sums, above, here, below, own, j + 1)
             out = _add(ending[j], of_z, turned, j, 2)
             mask = inside & (columns > j)
             tl.store(out_row + j * C, out.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -386,7 +415,7 @@ def depthwise_conv_bwd_kernel(
         begun = starting
         above = here
         here = below
-        out_row += step
+        out_row += tl.where(row != unwritten, step, 0)
     partial = partial_ptr + tile.to(tl.int64) * (10 * C) + c
     for t in tl.static_range(10):
-        tl.store(partial + t * C, sums[t], mask=inside & (tile < tiles))
+        tl.store(partial + t * C, sums[t] * SCALE, mask=inside & (tile < tiles))
