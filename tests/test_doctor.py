@@ -64,7 +64,9 @@ def test_nothing_is_wrong_here():
     findings = list(doctor.examine())
     assert [f for f in findings if f.status == "error"] == []
     checks = {f.check: f for f in findings}
-    assert len(checks) == len(findings)
+    # Advice of a package stands beside what is there.
+    said = [f.check for f in findings if f.status != "warning"]
+    assert len(said) == len(set(said))
     assert set(checks) >= OPERATORS
     for task in doctor.CONFIGS:
         assert checks[f"import {distribution(task)}"].status == "ok"

@@ -224,6 +224,8 @@ class Operator:
         sizes: From such a record, with shapes in place of tensors, to the number of scanned
             elements (channels times positions of all sequences) and the state dimension.
         flops: From the same to the operations of the forward pass; without it, those of a scan.
+        listed: From the record to whether it scans along lists of positions; without it, never. A
+            function, since the compiler of PyTorch 2.7 knows no properties of named tuples.
     """
 
     def __init__(
@@ -232,6 +234,7 @@ class Operator:
         arguments: type[NamedTuple],
         sizes: Callable[[NamedTuple], tuple[int, int]],
         flops: Callable[[NamedTuple], int] | None = None,
+        listed: Callable[[NamedTuple], bool] = lambda _: False,
     ):
         self.name = name
         self._arguments = arguments
@@ -239,6 +242,7 @@ class Operator:
         self._count = sum(kind.startswith("Tensor") for kind in schema.values())
         self._sizes = sizes
         self._flops = flops or self._scan_flops
+        self._listed = listed
         schema["backend"] = "str"
         inputs = ", ".join(f"{kind} {name}" for name, kind in schema.items())
         grads = ", ".join(["Tensor"] * self._count)
@@ -275,7 +279,7 @@ class Operator:
         shapes = (v.shape if isinstance(v, Tensor) else v for v in arguments)
         elements, states = self._sizes(self._arguments(*shapes))
         first = arguments[0]
-        listed = getattr(arguments, "listed", False)
+        listed = self._listed(arguments)
         return Problem(first.device, first.dtype, states, elements * states, listed)
 
     def _implementation(self, arguments: NamedTuple, backend: str, quiet: bool = False):

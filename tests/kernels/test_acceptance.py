@@ -105,7 +105,8 @@ def test_without_a_gpu_it_says_so_in_a_line(part, capsys, tmp_path):
 @pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET=1: there is nothing to compile")
 @pytest.mark.parametrize("tiny", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_the_cases_call_is_compiled_first(tiny, run, part, monkeypatch):
-    compiler = pytest.importorskip("mmvmamba_kernels.backends.triton.precompile")
+    pytest.importorskip("triton", "3.5", "there is no Triton 3.5 or later")
+    compiler = importlib.import_module("mmvmamba_kernels.backends.triton.precompile")
     target, asked = compiler.Target.parse("sm_90"), []
     monkeypatch.setattr(compiler.Target, "here", lambda: target)
     monkeypatch.setattr(compiler, "compile_kernels", lambda *call: asked.append(call) or 5)

@@ -25,7 +25,7 @@ from mmvmamba_kernels.testing import (
 pytestmark = pytest.mark.skipif(
     interpreting(), reason="TRITON_INTERPRET=1: kernels are Python functions, nothing to compile"
 )
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", "3.5", "there is no Triton 3.5 or later")
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from mmvmamba.models.precompile import MODES, SHAPES, Mode, kernels_of
 from mmvmamba_kernels import precompile as command
 from mmvmamba_kernels.backends.triton.support import interpreting
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", "3.5", "there is no Triton 3.5 or later")
 if interpreting():
     pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
 

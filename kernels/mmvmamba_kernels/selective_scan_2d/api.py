@@ -10,7 +10,7 @@ from mmvmamba_kernels.backends.triton import support as triton_support
 from mmvmamba_kernels.dispatch import Backend, check_name, register_backend
 from mmvmamba_kernels.patterns import count_directions, is_integer
 from mmvmamba_kernels.registration import Operator
-from mmvmamba_kernels.selective_scan_2d.arguments import Arguments, count_steps
+from mmvmamba_kernels.selective_scan_2d.arguments import Arguments, count_steps, is_listed
 
 _OP = "selective_scan_2d"
 
@@ -89,9 +89,10 @@ def check_arguments(op: str, arguments: Arguments) -> None:
         TypeError: If an argument is not a floating-point tensor, or paths are no integer one.
         ValueError: If shapes or devices do not fit one another, or the pattern is unknown.
     """
-    *tensors, paths, pattern = arguments
-    check_tensors(op, dict(zip(arguments._fields, tensors, strict=False)))
-    x, proj, dt_weight, dt_bias, A, D = tensors
+    x, proj, dt_weight, dt_bias, A, D, paths, pattern = arguments
+    # Written out for the compiler of PyTorch 2.7, which knows no fields of named tuples.
+    tensors = {"x": x, "proj": proj, "dt_weight": dt_weight, "dt_bias": dt_bias, "A": A, "D": D}
+    check_tensors(op, tensors)
     check_rank(op, "x", x, "(B, H, W, D)")
     check_rank(op, "dt_weight", dt_weight, "(K, D, R)")
     check_rank(op, "A", A, "(K, D, N)")
@@ -151,4 +152,8 @@ def scan_sizes(shapes: Arguments) -> tuple[int, int]:
     return batch * directions * steps * channels, states
 
 
-_operator = Operator(_OP, Arguments, scan_sizes)
+def _is_listed(scan: Arguments) -> bool:
+    return is_listed(scan.paths, scan.pattern)
+
+
+_operator = Operator(_OP, Arguments, scan_sizes, listed=_is_listed)

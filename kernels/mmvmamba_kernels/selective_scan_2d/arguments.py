@@ -27,6 +27,11 @@ def count_steps(paths: Sequence[int] | None, pattern: str, height: int, width: i
     return height * width if listed is None else listed.steps(height, width)
 
 
+def is_listed(paths: Tensor | None, pattern: str) -> bool:
+    """Whether paths are lists of positions."""
+    return paths is not None or pattern not in PATTERNS
+
+
 class Arguments(NamedTuple):
     """See :func:`mmvmamba_kernels.selective_scan_2d`."""
 
@@ -42,7 +47,7 @@ class Arguments(NamedTuple):
     @property
     def listed(self) -> bool:
         """Whether paths are lists of positions."""
-        return self.paths is not None or self.pattern not in PATTERNS
+        return is_listed(self.paths, self.pattern)
 
     @property
     def directions(self) -> tuple[Path, ...]:
