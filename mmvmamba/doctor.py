@@ -318,7 +318,11 @@ def check_kernels() -> Iterator[Finding]:
             found = "; ".join([choice.name + (" (asked for)" if asked else ""), *why])
             if choice.slow and not asked and device != "cpu":
                 text = "plain PyTorch operations, slow on a GPU"
-                yield Finding(check, "warning", found, text, "pip install triton")
+                # An old torch has a Triton that is too old for the kernels.
+                window, command, _ = compat.ADVISED["torch"]
+                if window.contains(torch.__version__, prereleases=True):
+                    command = "pip install triton"
+                yield Finding(check, "warning", found, text, command)
             else:
                 yield Finding(check, "ok", found)
 
