@@ -294,6 +294,7 @@ def check_kernels() -> Iterator[Finding]:
 
     from mmvmamba_kernels import dispatch
     from mmvmamba_kernels.backends.native import extension
+    from mmvmamba_kernels.backends.triton import support as triton_support
 
     reason = extension.load("cpu")
     if reason is None:
@@ -318,11 +319,8 @@ def check_kernels() -> Iterator[Finding]:
             found = "; ".join([choice.name + (" (asked for)" if asked else ""), *why])
             if choice.slow and not asked and device != "cpu":
                 text = "plain PyTorch operations, slow on a GPU"
-                # An old torch has a Triton that is too old for the kernels.
-                window, command, _ = compat.ADVISED["torch"]
-                if window.contains(torch.__version__, prereleases=True):
-                    command = "pip install triton"
-                yield Finding(check, "warning", found, text, command)
+                old, newer = triton_support.TORCH_IS_OLD, compat.ADVISED["torch"][1]
+                yield Finding(check, "warning", found, text, newer if old else "pip install triton")
             else:
                 yield Finding(check, "ok", found)
 

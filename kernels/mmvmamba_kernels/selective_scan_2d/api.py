@@ -152,8 +152,4 @@ def scan_sizes(shapes: Arguments) -> tuple[int, int]:
     return batch * directions * steps * channels, states
 
 
-def _is_listed(scan: Arguments) -> bool:
-    return is_listed(scan.paths, scan.pattern)
-
-
-_operator = Operator(_OP, Arguments, scan_sizes, listed=_is_listed)
+_operator = Operator(_OP, Arguments, scan_sizes, listed=is_listed)

@@ -27,9 +27,9 @@ def count_steps(paths: Sequence[int] | None, pattern: str, height: int, width: i
     return height * width if listed is None else listed.steps(height, width)
 
 
-def is_listed(paths: Tensor | None, pattern: str) -> bool:
+def is_listed(scan: Arguments) -> bool:
     """Whether paths are lists of positions."""
-    return paths is not None or pattern not in PATTERNS
+    return scan.paths is not None or scan.pattern not in PATTERNS
 
 
 class Arguments(NamedTuple):
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
     @property
     def listed(self) -> bool:
         """Whether paths are lists of positions."""
-        return is_listed(self.paths, self.pattern)
+        return is_listed(self)
 
     @property
     def directions(self) -> tuple[Path, ...]:

@@ -142,6 +142,10 @@ class Layout:
         states = self.states // 2 if self.rounded else self.states
         return self.sequences, len(self.paths), intervals, states, self.channels
 
+    def saved(self, carries: Tensor) -> Tensor:
+        """Those states, in the dtype that they are saved in."""
+        return carries.view(torch.bfloat16) if self.rounded else carries
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -382,7 +386,7 @@ class _Launch:
             *self.inputs,
             self.absent if skip is None else skip,
             entering,
-            carries.view(torch.bfloat16) if self.layout.rounded else carries,
+            self.layout.saved(carries),
             y,
             *self.sizes,
             self.chunk,
@@ -496,7 +500,7 @@ def scan_backward(
             u,
             *launch.inputs,
             launch.absent if skip is None else skip,
-            carries.view(torch.bfloat16) if layout.rounded else carries,
+            layout.saved(carries),
             grad_y,
             entering,
             grad_u,

@@ -18,7 +18,7 @@ DEVICES = ("cuda", "xpu")
 MAX_STATES = 64
 
 # Compared once: a comparison parses both versions, and every operator asks twice a call.
-_TORCH_IS_OLD = torch.__version__ < (2, 9)
+TORCH_IS_OLD = torch.__version__ < (2, 9)
 
 
 def interpreting() -> bool:
@@ -40,7 +40,7 @@ def can_run(problem: Problem) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; PyTorch's GPU builds bring it, or: pip install triton"
-    if _TORCH_IS_OLD:
+    if TORCH_IS_OLD:
         return "the kernels need Triton 3.5, which comes with PyTorch 2.9"
     if problem.device.type in DEVICES and not interpreting() and not _c_compiler():
         return "Triton builds its launchers with a C compiler: install gcc, or set CC"
