@@ -221,8 +221,8 @@ def _read_bands(path: Path, size: tuple[int, int], channels: int, cfg: Config | 
     loader = build_loader(cfg, steps) or TRANSFORMS.build(plain)
     try:
         pixels = loader({"img_path": str(path)})["img"]
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        # OpenCV gives nothing for what is no picture, and its reader fails on that.
+    except Exception as error:
+        # Each library that decodes has errors of its own, tifffile's older ones no ValueErrors.
         raise UsageError(f"{path} cannot be read as a picture: {error}") from error
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.shape[2] != channels:
