@@ -151,6 +151,11 @@ def plain_or_pinned(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None if plain else name
 
 
+def requested() -> str:
+    """The backend that the environment names for all operators; empty if it names none."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
 def resolve(op: str, backend: str, problem: Problem, quiet: bool = False) -> ModuleType:
     """The module that runs this call.
 
@@ -185,7 +190,7 @@ def choose(op: str, backend: str, problem: Problem) -> tuple[Backend, bool, list
     """
     asked_by = "backend="
     if backend == AUTO:
-        default = os.environ.get(ENVIRONMENT_VARIABLE, "")
+        default = requested()
         if default and default != AUTO:
             if default not in available_backends():
                 raise BackendError(

@@ -269,13 +269,14 @@ class Operator:
         tracing = torch.jit.is_tracing()
         save_carries = needed and (torch.is_grad_enabled() or tracing)
         if save_carries and backend == AUTO and not tracing:
-            problem = self._problem(arguments)
+            problem = self.problem(arguments)
             # index() makes a compiler fix the state dimension, which a choice may depend on.
             states = operator.index(problem.states)
             backend = pin(self.name, problem.device, problem.dtype, states, problem.listed)
         return self._pair(*arguments, backend, save_carries)[0]
 
-    def _problem(self, arguments: NamedTuple) -> Problem:
+    def problem(self, arguments: NamedTuple) -> Problem:
+        """What backends need to know to accept a call."""
         shapes = (v.shape if isinstance(v, Tensor) else v for v in arguments)
         elements, states = self._sizes(self._arguments(*shapes))
         first = arguments[0]
@@ -283,7 +284,7 @@ class Operator:
         return Problem(first.device, first.dtype, states, elements * states, listed)
 
     def _implementation(self, arguments: NamedTuple, backend: str, quiet: bool = False):
-        return resolve(self.name, backend, self._problem(arguments), quiet=quiet)
+        return resolve(self.name, backend, self.problem(arguments), quiet=quiet)
 
     def _forward(self, *values) -> tuple[Tensor, Tensor]:
         *values, backend, save_carries = values

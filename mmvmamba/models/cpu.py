@@ -9,9 +9,10 @@ oneDNN takes the widest vectors that a CPU has, MKL keeps to AVX2 on AMD's. What
   convolutions as products with the patches that these read. oneDNN elsewhere.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,30 +37,62 @@ PACKED_POSITIONS = 2048
 """Weights are packed for maps of at most so many positions: above, laying them out takes less than
 2 % of the product's time (computed), and a second copy would not pay for its memory."""
 
-SAMPLES = 64
+SAMPLES = 16
+SMALL = 4096
+"""Elements of a parameter up to which all of them are samples."""
 
 
-class _Signs(NamedTuple):
-    """What a packed weight was made for and of.
-
-    `weight.data.copy_(...)` changes neither version nor address. Exponential averages are updated
-    so, and the samples tell of any such change to all of a weight. A change of some rows, columns
-    or elements through `data` or NumPy may go unseen until the next `eval()`: PyTorch cannot tell
-    either.
-    """
+class _Geometry(NamedTuple):
+    """How a kernel goes over which maps."""
 
     shape: tuple[int, ...]
-    version: int
-    address: int
-    sample: Tensor
+    """Of the maps, (B, C, H, W)."""
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
 
-    def equal(self, other: "_Signs") -> bool:
-        return self[:3] == other[:3] and torch.equal(self.sample, other.sample)
+    @property
+    def positions(self) -> int:
+        """Positions of the result, about."""
+        batch, _, height, width = self.shape
+        return batch * height * width // (self.stride[0] * self.stride[1])
+
+
+class Snapshot:
+    """What dense parameters were when something was made of them.
+
+    `weight.data = ...` gives a weight another place or shape. `weight.data.copy_(...)` changes
+    neither these nor its version: exponential averages are updated so, and samples tell of any such
+    change to all of a large weight. A change of some rows, columns or elements through `data` or
+    NumPy may go unseen until the next `eval()`: PyTorch cannot tell either.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        # These hold the memory, so that nothing else comes to be there. NumPy reads a few numbers
+        # in a fraction of the time of PyTorch.
+        self._samples = [_samples(parameter.detach()).numpy() for parameter in parameters]
+        self._signs = self._read(parameters)
+
+    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it is that of these parameters, as they are now."""
+        return self._read(parameters) == self._signs
+
+    def _read(self, parameters: Sequence[nn.Parameter]) -> tuple[list, ...]:
+        return (
+            [parameter._version for parameter in parameters],
+            list(map(Tensor.data_ptr, parameters)),
+            list(map(Tensor.stride, parameters)),
+            list(map(Tensor.size, parameters)),
+            list(map(np.ndarray.tobytes, self._samples)),
+        )
 
 
 class _Packed(NamedTuple):
+    """A weight as oneDNN wants it for some maps."""
+
     copy: Tensor
-    signs: _Signs
+    geometry: _Geometry
+    weight: Snapshot
 
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -121,15 +154,35 @@ def convolve(
         (B, O, H', W'), in the channels_last memory format.
     """
     if not records(x, weight, bias):
-        attr, algorithm = ACTIVATIONS[act]
-        operand = _laid_out(weight, tuple(x.shape), stride, padding, groups)
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, operand, bias, padding, stride, (1, 1), groups, attr, [], algorithm
-        )
+        return planned(tuple(x.shape), weight, bias, stride, padding, groups, act)(x)
     pointwise = tuple(weight.shape[2:]) == (1, 1) and weight.dim() == 4
     if AVX512 or groups > 1 or pointwise:
         return F.conv2d(x, _kernel(weight), bias, stride, padding, groups=groups)
     return _Convolution.apply(x, _kernel(weight), bias, stride, padding)
+
+
+def planned(
+    shape: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    act: str | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """:func:`convolve` without gradients, for maps of one shape, (B, C, H, W).
+
+    The function that it returns need not see that parameters change.
+    """
+    attr, algorithm = ACTIVATIONS[act]
+    operator = torch.ops.mkldnn._convolution_pointwise.default
+    rest = bias, padding, stride, (1, 1), groups, attr, [], algorithm
+    geometry = _Geometry(shape, stride, padding, groups)
+    if not _keeps(weight, geometry):
+        kernel = _kernel(weight.detach())
+        return lambda x: operator(x, kernel, *rest)
+    copy = _pack(weight, geometry)
+    return lambda x: operator(x, copy, *rest)
 
 
 def forget(parameters: Iterable[Tensor]) -> None:
@@ -143,28 +196,28 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight.flatten(0, -2)[:, :, None, None]
 
 
-def _laid_out(
-    weight: Tensor,
-    shape: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """The weight as oneDNN wants it for a map of such a shape, where keeping that copy pays."""
-    positions = shape[0] * shape[2] * shape[3] // (stride[0] * stride[1])
-    parameter = type(weight) is nn.Parameter and not weight.is_inference() and _is_dense(weight)
-    if positions > PACKED_POSITIONS or groups > 1 or not parameter:
-        return _kernel(weight.detach())
-    now = _Signs(shape, weight._version, weight.data_ptr(), _sample(weight.detach()))
-    kept = _packed.get(weight)
-    if kept is None or not kept.signs.equal(now):
+def _keeps(weight: Tensor, geometry: _Geometry) -> bool:
+    """Whether keeping a copy of the weight as oneDNN wants it pays, and can be told from others."""
+    return geometry.positions <= PACKED_POSITIONS and shows_changes(weight)
+
+
+def _pack(weight: nn.Parameter, geometry: _Geometry) -> Tensor:
+    """The weight's copy for such maps: the one that is kept, or a new one in its place."""
+    packed = _packed.get(weight)
+    if packed is None or packed.geometry != geometry or not packed.weight.is_of([weight]):
         # For another shape oneDNN may want another order, and changes one into the other slowly.
-        plain = _kernel(weight.detach()).contiguous().to_mkldnn()
+        shape, stride, padding, groups = geometry
         copy = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-            plain, padding, stride, (1, 1), groups, shape
+            _kernel(weight.detach()).contiguous().to_mkldnn(),
+            *(padding, stride, (1, 1), groups, shape),
         )
-        kept = _packed[weight] = _Packed(copy, now._replace(sample=now.sample.clone()))
-    return kept.copy
+        packed = _packed[weight] = _Packed(copy, geometry, Snapshot([weight]))
+    return packed.copy
+
+
+def shows_changes(weight: Tensor) -> bool:
+    """Whether a :class:`Snapshot` of it would tell of changes."""
+    return type(weight) is nn.Parameter and not weight.is_inference() and _is_dense(weight)
 
 
 def _is_dense(weight: Tensor) -> bool:
@@ -174,11 +227,12 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """Some elements, spread over the memory of a dense weight."""
+def _samples(weight: Tensor) -> Tensor:
+    """Some elements, spread over the memory of a dense weight; all of a small one."""
+    if weight.numel() <= SMALL:
+        return weight.as_strided((weight.numel(),), (1,))
     # One less than would fill it: a multiple of the columns would stay in one of them.
-    step = max(weight.numel() // SAMPLES - 1, 1)
-    return weight.as_strided((min(SAMPLES, weight.numel()),), (step,))
+    return weight.as_strided((SAMPLES,), (weight.numel() // SAMPLES - 1,))
 
 
 class _Convolution(torch.autograd.Function):

@@ -16,10 +16,12 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
-from mmvmamba.models import cpu
+from mmvmamba.models import cpu, plans
 from mmvmamba.models.arguments import check_choice
+from mmvmamba.models.plans import KeepsPrepared, Step, plan_of, runs_as
 from mmvmamba.models.recompute import LinearOf, Origin, origin_of, with_origin
 from mmvmamba_kernels import add_layer_norm, layer_norm
+from mmvmamba_kernels.dispatch import plain_or_pinned
 
 NORMS = ("ln", "bn")
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -64,19 +66,7 @@ def fx_leaf(forward: Callable) -> Callable:
     return leaf
 
 
-class KeepsPacked(nn.Module):
-    """A module whose weights evaluation on a CPU may keep in another layout beside them."""
-
-    def train(self, mode: bool = True):
-        cpu.forget(self.parameters())
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        cpu.forget(self.parameters())
-        return super()._apply(fn, recurse)
-
-
-class Conv2d(KeepsPacked, nn.Conv2d):
+class Conv2d(KeepsPrepared, nn.Conv2d):
     """A convolution of one group."""
 
     @fx_leaf
@@ -86,27 +76,6 @@ class Conv2d(KeepsPacked, nn.Conv2d):
         if plain and cpu.serves(x, self.weight, self.bias):
             return cpu.convolve(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
-
-
-def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether a call of `module` would be `cls.forward` and nothing else.
-
-    If so, its parameters may be used without the call. If not, something of the user's is in the
-    place of ours, or hooks see the call: those of `nn.utils.prune` make the weight in it.
-    """
-    of_all = torch.nn.modules.module
-    # A forward pass may be set on the instance.
-    return getattr(module.forward, "__func__", None) is cls.forward and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        # Those of all modules; PyTorch 2.7 has no function that asks for them.
-        or of_all._global_forward_hooks
-        or of_all._global_forward_pre_hooks
-        or of_all._global_backward_hooks
-        or of_all._global_backward_pre_hooks
-    )
 
 
 def trunc_normal_(weight: Tensor, std: float, **bounds: float) -> None:
@@ -137,6 +106,21 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         if cpu.serves(x, weight, bias):
             return _by_convolution(x, weight, bias)
     return layer(x)
+
+
+def plan_linear(
+    layer: nn.Module, shape: tuple[int, ...], act: ActivationName | None = None
+) -> Step | None:
+    """The plan of a linear layer, and of an activation after it; None if it is no such layer.
+
+    Args:
+        layer: The layer.
+        shape: Of the map, (B, C, H, W), whose C is the layer's inputs.
+        act: The activation.
+    """
+    if not runs_as(layer, nn.Linear) or layer.in_features != shape[1]:
+        return None
+    return cpu.planned(shape, layer.weight, layer.bias, act=act)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -232,6 +216,16 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
         return self.noted(y, x)
+
+    @plan_of(forward)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `forward` does with maps of a shape, see `plans`."""
+        weight = self.weight
+        # Another implementation than PyTorch's may have been asked for.
+        named = plain_or_pinned("layer_norm", weight.device, weight.dtype)
+        if self.normalized_shape != (shape[-1],) or named is not None:
+            return None
+        return lambda x: F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
@@ -330,7 +324,7 @@ def build_stem(version: Literal["v1", "v2"], in_channels: int, channels: int, no
     )
 
 
-class PatchMerging(KeepsPacked):
+class PatchMerging(KeepsPrepared):
     """Halves a map by joining each 2x2 group of positions, as Swin Transformer does.
 
     An odd height or width is padded with zeros.
@@ -369,7 +363,7 @@ def build_downsample(
     )
 
 
-class Mlp(KeepsPacked):
+class Mlp(KeepsPrepared):
     """Two linear layers with an activation between them, on the last dimension."""
 
     def __init__(self, channels: int, hidden: int, act: ActivationName, drop: float = 0.0):
@@ -382,6 +376,9 @@ class Mlp(KeepsPacked):
 
     @fx_leaf
     def forward(self, x: Tensor) -> Tensor:
+        y = plans.run(self, x)
+        if y is not None:
+            return y
         fc1 = self.fc1
         if runs_as(fc1, nn.Linear) and cpu.fuses(x, fc1.weight, fc1.bias):
             hidden = _by_convolution(x, fc1.weight, fc1.bias, self.act)
@@ -394,8 +391,22 @@ class Mlp(KeepsPacked):
                 hidden = with_origin(hidden, act, x)
         return self.drop(project(self.fc2, self.drop(hidden)))
 
+    @plan_of(forward)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `forward` does with maps of a shape, see `plans`."""
+        if not runs_as(self.drop, nn.Dropout):
+            return None
+        batch, height, width, channels = shape
+        hidden = plan_linear(self.fc1, (batch, channels, height, width), self.act)
+        if hidden is None:
+            return None
+        out = plan_linear(self.fc2, (batch, self.fc1.out_features, height, width))
+        if out is None:
+            return None
+        return lambda x: out(hidden(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
-class VSSBlock(nn.Module):
+
+class VSSBlock(KeepsPrepared):
     """A visual state-space block (paper, section 4.2 and figure 3 (d)).
 
     `x + drop_path(op(norm(x)))`, then the same with an MLP; vanilla VMamba has no second half.
@@ -446,6 +457,9 @@ class VSSBlock(nn.Module):
         self.with_cp = with_cp
 
     def _forward(self, x: Tensor) -> Tensor:
+        y = plans.run(self, x)
+        if y is not None:
+            return y
         branch = self.op(normalize(self.norm_kind, self.norm, x))
         if self.mlp is None:
             return self.drop_path(x, branch)
@@ -465,3 +479,23 @@ class VSSBlock(nn.Module):
         else:
             y = self._forward(x)
         return y.permute(0, 3, 1, 2) if self.channel_first else y
+
+    @plan_of(forward, _forward)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `_forward` does with maps of a shape, see `plans`."""
+        if self.norm_kind != "ln" or not runs_as(self.drop_path, DropPath):
+            return None
+        names = ("norm", "op") if self.mlp is None else ("norm", "op", "norm2", "mlp")
+        steps = [plans.make(getattr(self, name), shape) for name in names]
+        if None in steps:
+            return None
+        norm, op, *second = steps
+
+        def run(x: Tensor) -> Tensor:
+            x = x + op(norm(x))
+            if second:
+                norm2, mlp = second
+                x = x + mlp(norm2(x))
+            return x
+
+        return run

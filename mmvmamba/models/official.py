@@ -33,6 +33,7 @@ from mmvmamba.models.layers import (
     fx_leaf,
     trunc_normal_,
 )
+from mmvmamba.models.plans import Step, plan_of
 from mmvmamba.models.ss2d import Mamba2Mixer, build_depthwise_conv
 from mmvmamba.models.vmamba import VMamba, init_module
 from mmvmamba.registry import MODELS
@@ -359,6 +360,11 @@ class SS2D(ss2d.SS2D):
             return super().forward(x)
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
+    @plan_of(forward, ss2d.SS2D._scan)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `forward` does with maps (B, H, W, C) of a shape, see `plans`."""
+        return None if self.channel_first else super().plan(shape)
+
 
 class SS2Dm0(Mamba2Mixer):
     """`mmvmamba.models.ss2d.Mamba2Mixer` under `SS2D`'s arguments, for forward type 'm0_noz'.
@@ -479,6 +485,8 @@ class VSSBlock(layers.VSSBlock):
             if hasattr(self, name):
                 getattr(self, name).eps = eps
         self._register_load_state_dict_pre_hook(accept_conv_weights, with_module=True)
+
+    plan = layers.VSSBlock.plan
 
 
 def _norm_and_eps(norm_layer: Callable[[int], nn.Module], channels: int) -> tuple[str, float]:

@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvmamba.models import cpu
+from mmvmamba.models import cpu, plans
 from mmvmamba.models.arguments import ArgumentError, check_choice
 from mmvmamba.models.layers import (
     ACTIVATIONS,
     ActivationName,
     KeepsFloat32,
-    KeepsPacked,
     LayerNorm,
     autocast_dtype,
     fx_leaf,
     linear,
+    plan_linear,
     project,
-    runs_as,
 )
+from mmvmamba.models.plans import KeepsPrepared, Step, plan_of, runs_as
 from mmvmamba_kernels import (
     depthwise_conv,
     selective_scan,
@@ -35,6 +35,7 @@ from mmvmamba_kernels.patterns import (
     name_pattern,
 )
 from mmvmamba_kernels.patterns import count_directions as count_pattern_directions
+from mmvmamba_kernels.selective_scan_2d.api import prepare
 
 SCANS = ("cross2d", "unidi", "bidi", "cascade2d")
 """The paper's scans (table 10)."""
@@ -81,7 +82,7 @@ def count_directions(scan: str) -> int:
     return DIRECTIONS if scan in SCANS else count_pattern_directions("VMamba", scan)
 
 
-class SS2D(KeepsFloat32, KeepsPacked):
+class SS2D(KeepsFloat32, KeepsPrepared):
     """2D selective scan: projections, depth-wise convolution, the scan, normalisation.
 
     Args:
@@ -165,6 +166,9 @@ class SS2D(KeepsFloat32, KeepsPacked):
         Returns:
             (B, H, W, C).
         """
+        y = plans.run(self, x)
+        if y is not None:
+            return y
         x = project(self.in_proj, x)
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
@@ -183,14 +187,8 @@ class SS2D(KeepsFloat32, KeepsPacked):
             x = self._scan_lines(x.transpose(1, 2), slice(2, 4))
             return self.out_norm(x.transpose(1, 2)).to(dtype)
         # Linear in x at the same position: one matrix product serves all directions.
-        proj = linear(x, self.x_proj_weight)
-        scan = (
-            proj.unflatten(-1, self.x_proj_weight.shape[:2]),
-            self.dt_projs_weight,
-            self.dt_projs_bias,
-            self._per_direction(-self.A_logs.float().exp()),
-            self._per_direction(self.Ds),
-        )
+        proj = linear(x, self.x_proj_weight).unflatten(-1, self.x_proj_weight.shape[:2])
+        scan = (proj, *self._scan_parameters())
         if not runs_as(self.out_norm, LayerNorm):
             y = selective_scan_2d(with_range(x), *scan, pattern=self.scan)
             return self.out_norm(y).to(autocast_dtype(x) or x.dtype)
@@ -205,6 +203,15 @@ class SS2D(KeepsFloat32, KeepsPacked):
             return_sum=True,
         )
         return y if total is None else self.out_norm.noted(y, total)
+
+    def _scan_parameters(self) -> tuple[Tensor, ...]:
+        """What a 2D scan takes after the map and its projections."""
+        return (
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self._per_direction(-self.A_logs.float().exp()),
+            self._per_direction(self.Ds),
+        )
 
     def _scan_lines(self, x: Tensor, directions: slice) -> Tensor:
         """Scans every line of (B, lines, L, D) on its own, forward and reversed, and sums both."""
@@ -230,8 +237,41 @@ class SS2D(KeepsFloat32, KeepsPacked):
         """Splits the official joint dimension of directions and channels."""
         return parameter.unflatten(0, (self.directions, -1))
 
+    @plan_of(forward, _scan)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `forward` does with maps of a shape, see `plans`."""
+        if self.scan == "cascade2d" or not runs_as(self.dropout, nn.Dropout):
+            return None
+        batch, height, width, channels = shape
+        inner = self.x_proj_weight.shape[-1]
+        first = batch, inner, height, width
+        into, conv, norm, out = (
+            plan_linear(self.in_proj, (batch, channels, height, width)),
+            plan_convolve(self.conv2d, self.act, first),
+            plans.make(self.out_norm, (batch, height, width, inner)),
+            plan_linear(self.out_proj, first),
+        )
+        if None in (into, conv, norm, out):
+            return None
+        proj = cpu.planned(first, self.x_proj_weight, None)
+        rows = self.x_proj_weight.shape[:2]
+        scan = prepare((batch, height, width, inner), *self._scan_parameters(), pattern=self.scan)
 
-class Mamba2Mixer(KeepsFloat32, KeepsPacked):
+        def run(x: Tensor) -> Tensor:
+            x = into(x.permute(0, 3, 1, 2))
+            if self.gated:
+                x, gate = x.chunk(2, dim=1)
+            x = conv(x)
+            coefficients = proj(x).permute(0, 2, 3, 1).unflatten(-1, rows)
+            y = norm(scan(x.permute(0, 2, 3, 1), coefficients))
+            if self.gated:
+                y = y * ACTIVATIONS[self.act](gate.permute(0, 2, 3, 1))
+            return out(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+        return run
+
+
+class Mamba2Mixer(KeepsFloat32, KeepsPrepared):
     """SS2D with Mamba-2's state-space duality in place of the selective scan.
 
     Channels are grouped into `heads` that share one decay and one time step per position, and the
@@ -391,6 +431,18 @@ def convolve(conv: nn.Module | None, act: ActivationName, x: Tensor) -> Tensor:
         y = cpu.convolve(x.permute(0, 3, 1, 2), *parameters, (1, 1), (1, 1), conv.groups, act)
         return y.permute(0, 2, 3, 1)
     return depthwise_conv(x, *parameters, act=act)
+
+
+def plan_convolve(
+    conv: nn.Module | None, act: ActivationName, shape: tuple[int, ...]
+) -> Step | None:
+    """`convolve`'s plan for maps (B, C, H, W); None if it is no such convolution."""
+    if conv is None:
+        # On the same view: for others PyTorch may have other kernels, which round otherwise.
+        return lambda x: ACTIVATIONS[act](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if not runs_as(conv, nn.Conv2d) or not is_depthwise_3x3(conv) or conv.groups != shape[1]:
+        return None
+    return cpu.planned(shape, conv.weight, conv.bias, (1, 1), (1, 1), conv.groups, act)
 
 
 def projection_weight(out_features: int, in_features: int, directions: int = DIRECTIONS) -> Tensor:

@@ -11,9 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmvmamba.models import NAT, VMamba, cpu, layers
+from mmvmamba.models.plans import KeepsPrepared
 
 
-class Projected(layers.KeepsPacked):
+class Projected(KeepsPrepared):
     """A linear layer, called as blocks call theirs."""
 
     def __init__(self, *args, **kwargs):

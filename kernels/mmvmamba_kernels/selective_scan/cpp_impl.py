@@ -82,7 +82,8 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     carries = sequences.new_empty(carries_shape(scan) if save_carries else (0,))
     out = torch.empty_like(sequences)
     for k, (part, group) in enumerate(_groups(scan, sequences, steps)):
-        cpp_scan.forward(group, out[..., part], carries[k] if save_carries else None)
+        saved = carries[k] if save_carries else None
+        cpp_scan.Forward(group)(group.x, group.coefficients, out[..., part], saved)
     return _channels_first(out, scan.out_dtype), carries
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,16 +27,14 @@ def carries_shape(scan: Arguments) -> tuple[int, ...]:
 
 def _scan(scan: Arguments, lists: PathLists | None) -> cpp_scan.Scan:
     dtype = state_dtype(*scan)
-    x, proj, dt_weight, dt_bias, A, D = (t.to(dtype) for t in scan[:6])
+    dt_weight, dt_bias, A, D = (t.to(dtype) for t in scan[2:6])
     table = None if lists is None else lists.table
     # The library knows skip connections of the whole map alone.
     if scan.partial:
         D = None
-    _, height, width, _ = x.shape
-    positions = x.contiguous().flatten(1, 2)
-    coefficients = proj.contiguous().flatten(1, 2)
+    _, height, width, _ = scan.x.shape
     return cpp_scan.Scan(
-        *(positions, None, coefficients, dt_weight, dt_bias, A, D),
+        *(_rows(scan.x, dtype), None, _rows(scan.proj, dtype), dt_weight, dt_bias, A, D),
         *(height, width, scan.directions, table, True),
     )
 
@@ -48,15 +48,41 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     """
     if scan.x.is_cuda:
         return cuda_impl.forward(scan, save_carries)
+    shape = carries_shape(scan) if save_carries else (0,)
+    carries = scan.x.new_empty(shape, dtype=state_dtype(*scan))
+    out = prepare(scan)(scan.x, scan.proj, carries if save_carries else None)
+    return out.to(scan.x.dtype), carries
+
+
+def prepare(scan: Arguments) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The forward pass on the CPU for maps and projections of one shape, its parameters laid out.
+
+    Args:
+        scan: The first scan, whose map and projections are not kept.
+
+    Returns:
+        A function of map, projections and saved states, or None for these, to the output in the
+        state's dtype. It does not see that parameters change.
+    """
     lists = scan.lists()
-    library_scan = _scan(scan, lists)
-    positions = library_scan.x
-    out = torch.empty_like(positions)
-    carries = positions.new_empty(carries_shape(scan) if save_carries else (0,))
-    cpp_scan.forward(library_scan, out, carries if save_carries else None)
-    if scan.partial:
-        out.addcmul_(positions, lists.skips(scan.D.to(out.dtype)))
-    return out.view(scan.x.shape).to(scan.x.dtype), carries
+    first = _scan(scan, lists)
+    forward, dtype = cpp_scan.Forward(first), first.x.dtype
+    skips = lists.skips(scan.D.to(dtype)) if scan.partial else None
+
+    def run(x: Tensor, proj: Tensor, carries: Tensor | None = None) -> Tensor:
+        x, proj = (t.to(dtype).contiguous() for t in (x, proj))
+        out = torch.empty_like(x)
+        forward(x, proj, out.flatten(1, 2), carries)
+        if skips is not None:
+            out.flatten(1, 2).addcmul_(x.flatten(1, 2), skips)
+        return out
+
+    return run
+
+
+def _rows(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, H, W, ...) as (B, H * W, ...), contiguous."""
+    return maps.to(dtype).contiguous().flatten(1, 2)
 
 
 def backward(

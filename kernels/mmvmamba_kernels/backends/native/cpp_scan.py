@@ -126,15 +126,37 @@ def path_codes(paths: tuple[Path, ...]) -> list[int]:
     return [p.column_major + 2 * p.reverse + 4 * p.per_line for p in paths]
 
 
-def forward(scan: Scan, out: Tensor, carries: Tensor | None) -> None:
-    """Writes the output (B, P, D), and into `carries` the states that enter the tiles."""
-    params, _kept = _describe(scan, carries)
-    batch, threads = len(scan.x), torch.get_num_threads()
-    tasks = batch * params.padded_channels // _LANES
-    parts = _parts(params, out, tasks, threads)
-    params.out = _map(parts[0])
-    extension.library().mmvmamba_scan_forward(*_how(params, scan.x, threads), c_int64(batch))
-    _sum_into(out, parts)
+class Forward:
+    """The forward pass of scans that differ in the values of ``x`` and coefficients alone.
+
+    Parameters are laid out once: the library takes them with channels last, and padded.
+    """
+
+    def __init__(self, scan: Scan):
+        self._params, self._kept = _describe(scan)
+        self._batch = len(scan.x)
+        self._double = scan.x.dtype == torch.float64
+
+    def __call__(
+        self,
+        x: Tensor,
+        coefficients: Tensor,
+        out: Tensor,
+        carries: Tensor | None = None,
+    ) -> None:
+        """Writes the output (B, P, D), and into `carries` the states that enter the tiles."""
+        # A copy, since other threads may be at work with this very scan.
+        params = _Params.from_buffer_copy(self._params)
+        threads = torch.get_num_threads()
+        parts = _parts(params, out, self._batch * params.padded_channels // _LANES, threads)
+        params.x.data, params.coefficients = x.data_ptr(), coefficients.data_ptr()
+        params.out = _map(parts[0])
+        if carries is not None:
+            _save_carries(params, carries)
+        extension.library().mmvmamba_scan_forward(
+            *_how(params, self._double, threads), c_int64(self._batch)
+        )
+        _sum_into(out, parts)
 
 
 def backward(
@@ -145,7 +167,8 @@ def backward(
     Returns:
         The gradients of coefficients, weight, bias and A, and that of each direction's D, (D,).
     """
-    params, _kept = _describe(scan, carries)
+    params, _kept = _describe(scan)
+    _save_carries(params, carries)
     batch, positions, channels = scan.x.shape
     directions, states = len(scan.A), scan.A.shape[2]
     rank, padded, padded_rank = params.rank, params.padded_channels, params.padded_rank
@@ -171,7 +194,7 @@ def backward(
     for first in range(0, batch, slots):
         images = min(slots, batch - first)
         partial.zero_()
-        how = _how(params, scan.x, threads)
+        how = _how(params, scan.x.dtype == torch.float64, threads)
         # Plain integers would go as C's int.
         numbers = map(c_int64, (first, images, groups))
         extension.library().mmvmamba_scan_backward(*how, *numbers)
@@ -199,7 +222,7 @@ def cast_like(gradient: Tensor, argument: Tensor | None) -> Tensor | None:
     return gradient.to(argument.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _describe(scan: Scan, carries: Tensor | None) -> tuple[_Params, tuple]:
+def _describe(scan: Scan) -> tuple[_Params, tuple]:
     """The library's parameters, and what they point to and the caller has to keep."""
     x, coefficients = scan.x, scan.coefficients
     directions, channels, states = scan.A.shape
@@ -234,16 +257,18 @@ def _describe(scan: Scan, carries: Tensor | None) -> tuple[_Params, tuple]:
     )
     if scan.delta is not None:
         params.delta = _map(scan.delta)
-    if carries is not None:
-        params.carries = carries.data_ptr()
-        params.carries_direction_stride = carries.numel() // directions
-    return params, (weight, bias, A, skip, paths)
+    return params, (weight, bias, A, skip, paths, scan.table)
 
 
-def _how(params: _Params, x: Tensor, threads: int) -> tuple:
+def _save_carries(params: _Params, carries: Tensor) -> None:
+    params.carries = carries.data_ptr()
+    params.carries_direction_stride = carries.numel() // params.directions
+
+
+def _how(params: _Params, double: bool, threads: int) -> tuple:
     """What both of the library's functions take first."""
     set_number = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), 0)
-    return ctypes.byref(params), x.dtype == torch.float64, set_number, threads
+    return ctypes.byref(params), double, set_number, threads
 
 
 def _map(tensor: Tensor) -> _Map:
