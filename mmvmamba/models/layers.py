@@ -492,10 +492,11 @@ class VSSBlock(KeepsPrepared):
         norm, op, *second = steps
 
         def run(x: Tensor) -> Tensor:
-            x = x + op(norm(x))
+            # What a branch returns is nobody else's.
+            x = op(norm(x)).add_(x)
             if second:
                 norm2, mlp = second
-                x = x + mlp(norm2(x))
+                x = mlp(norm2(x)).add_(x)
             return x
 
         return run

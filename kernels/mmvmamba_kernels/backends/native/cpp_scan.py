@@ -135,6 +135,7 @@ class Forward:
     def __init__(self, scan: Scan):
         self._params, self._kept = _describe(scan)
         self._batch = len(scan.x)
+        self._tasks = self._batch * self._params.padded_channels // _LANES
         self._double = scan.x.dtype == torch.float64
 
     def __call__(
@@ -148,14 +149,13 @@ class Forward:
         # A copy, since other threads may be at work with this very scan.
         params = _Params.from_buffer_copy(self._params)
         threads = torch.get_num_threads()
-        parts = _parts(params, out, self._batch * params.padded_channels // _LANES, threads)
+        parts = _parts(params, out, self._tasks, threads)
         params.x.data, params.coefficients = x.data_ptr(), coefficients.data_ptr()
         params.out = _map(parts[0])
         if carries is not None:
             _save_carries(params, carries)
-        extension.library().mmvmamba_scan_forward(
-            *_how(params, self._double, threads), c_int64(self._batch)
-        )
+        how = _how(params, self._double, threads)
+        extension.library().mmvmamba_scan_forward(*how, c_int64(self._batch))
         _sum_into(out, parts)
 
 
