@@ -355,6 +355,8 @@ def check_1d(arguments, **options):
         # batch, groups, channels, states, length
         ((2, 2, 3, 1, 19), torch.float32),
         ((1, 1, 3, 2, 70), torch.float32),
+        # The last chunk has a whole group of positions and a part of one.
+        ((1, 1, 3, 2, 27), torch.float32),
         ((1, 2, 2, 16, 9), torch.bfloat16),
         ((1, 1, 2, 5, 9), torch.float64),
         ((1, 3, 2, 1, 1), torch.float16),
