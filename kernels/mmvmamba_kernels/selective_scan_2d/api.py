@@ -120,9 +120,9 @@ def prepare(
     proj = D.new_empty((*shape[:3], directions, rank + 2 * A.shape[-1]))
     arguments = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern=pattern)
     check_arguments(_OP, arguments)
-    backend, _, _ = choose(_OP, AUTO, _operator.problem(arguments))
-    if backend.name == "cpp" and x.is_cpu:
-        return backend.load().prepare(arguments)
+    implementation = choose(_OP, AUTO, _operator.problem(arguments))[0].load()
+    if x.is_cpu and hasattr(implementation, "prepare"):
+        return implementation.prepare(arguments)
     parameters = dt_weight, dt_bias, A, D
     return lambda x, proj: selective_scan_2d(x, proj, *parameters, pattern=pattern)
 
