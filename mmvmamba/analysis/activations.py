@@ -27,7 +27,8 @@ from mmvmamba.analysis.measured import (
     tensors,
 )
 from mmvmamba.analysis.passes import AUTOCAST_DTYPES, MEMORY_FORMATS, Case
-from mmvmamba.models.precompile import autocast_anywhere
+from mmvmamba.engine.errors import UsageError
+from mmvmamba.models.precompile import autocast_anywhere, check_fake_gpu
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,15 @@ def count_activations(
 
     Returns:
         The figure, or why there is none.
+
+    Raises:
+        UsageError: If this PyTorch has no fake tensors of a GPU without a driver.
     """
+    if fake and device == "cuda":
+        try:
+            check_fake_gpu()
+        except RuntimeError as error:
+            raise UsageError(str(error)) from error
     model = subject.build(case.size).to(memory_format=MEMORY_FORMATS[case.memory_format])
     silence(model)
     model.train()

@@ -67,9 +67,13 @@ def kernels_of(
         modes: How it is called.
         target: The GPU.
         shapes: Batch, height and width of the images.
+
+    Raises:
+        RuntimeError: As `check_fake_gpu`.
     """
     from mmvmamba_kernels.backends.triton.precompile import recording
 
+    check_fake_gpu()
     with recording(target) as found, FakeTensorMode(), torch.device("cuda"):
         for mode in modes:
             model = build().train(mode.training)
@@ -79,6 +83,24 @@ def kernels_of(
                 with torch.set_grad_enabled(mode.training), autocast_anywhere(mode.autocast):
                     model(images)
     return found
+
+
+def check_fake_gpu() -> None:
+    """Checks that this PyTorch computes with fake tensors of a GPU, be there one or not.
+
+    Raises:
+        RuntimeError: If it asks for a driver, as 2.7 does.
+    """
+    try:
+        # What asks first, and by an exception: autograd would end the process.
+        with FakeTensorMode():
+            torch.zeros(1, 2, 2, 2, device="cuda").contiguous(memory_format=torch.channels_last)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} needs an NVIDIA driver to compute what a GPU would keep "
+            f"or compile, and found none ({str(error).splitlines()[0]}). Use PyTorch 2.11 or "
+            "later, or a machine with a GPU."
+        ) from error
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ from mmvmamba.analysis.measured import Subject
 from mmvmamba.analysis.passes import Case
 from mmvmamba.analysis.reports import activations_panels, activations_tables, make_figure
 from mmvmamba.analysis.subjects import find_subject
+from mmvmamba.engine.errors import UsageError
 from mmvmamba.models import VMamba
 
 
@@ -63,6 +64,16 @@ def test_large_batches_need_no_memory_and_no_gpu():
     # All but autocast's copies of the weights, 2 bytes for each parameter at most.
     assert abs(whole.bytes - 2 * half.bytes) <= 2 * whole.params
     assert count("tiny", "fp32", 128, (224, 224)).bytes > whole.bytes
+
+
+def test_a_pytorch_that_asks_for_a_driver_is_named(monkeypatch):
+    def contiguous(*_, **__):
+        # As PyTorch 2.7 does.
+        raise RuntimeError("CUDA error: CUDA driver version is insufficient\nand more")
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    with pytest.raises(UsageError, match=r"needs an NVIDIA driver.*insufficient\)\. Use PyTorch"):
+        count("tiny")
 
 
 def test_autocast_follows_the_rules_of_the_device():
