@@ -48,7 +48,8 @@ def _register() -> None:
     for arch in (*VMamba.arch_aliases, *VMamba.arch_settings):
         function = _entrypoint(arch)
         if not is_model(function.__name__):
-            register_model(function)
+            # Which adds the name to this module's `__all__`.
+            globals()[function.__name__] = register_model(function)
 
 
 def _entrypoint(arch: str) -> Callable:

@@ -377,6 +377,10 @@ def test_timm_is_told_what_there_is_not():
     timm = pytest.importorskip("timm")
     offer_models()
     assert {"vmamba_base", "vmamba_vanilla_tiny", "vmamba_tiny_m2"} <= set(timm.list_models())
+    import mmvmamba.timm
+
+    # timm lists the functions it was given in their module's `__all__`.
+    assert all(hasattr(mmvmamba.timm, name) for name in mmvmamba.timm.__all__)
     with pytest.raises(ValueError, match="vmamba_tiny is a backbone without a classifier"):
         timm.create_model("vmamba_tiny")
     with pytest.raises(ValueError, match="vmamba_tiny has no weights at timm"):
