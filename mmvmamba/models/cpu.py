@@ -12,7 +12,6 @@ oneDNN takes the widest vectors that a CPU has, MKL keeps to AVX2 on AMD's. What
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ PACKED_POSITIONS = 2048
 """Weights are packed for maps of at most so many positions: above, laying them out takes less than
 2 % of the product's time (computed), and a second copy would not pay for its memory."""
 
-SAMPLES = 16
+SAMPLES = 64
 SMALL = 4096
 """Elements of a parameter up to which all of them are samples."""
 
@@ -68,23 +67,26 @@ class Snapshot:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]):
-        # These hold the memory, so that nothing else comes to be there. NumPy reads a few numbers
-        # in a fraction of the time of PyTorch.
-        self._samples = [_samples(parameter.detach()).numpy() for parameter in parameters]
-        self._signs = self._read(parameters)
+        # These hold the memory, so that nothing else comes to be there.
+        self._samples = [_samples(parameter.detach()) for parameter in parameters]
+        self._sampled = [samples.clone() for samples in self._samples]
+        self._signs = _signs(parameters)
 
     def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether it is that of these parameters, as they are now."""
-        return self._read(parameters) == self._signs
-
-    def _read(self, parameters: Sequence[nn.Parameter]) -> tuple[list, ...]:
-        return (
-            [parameter._version for parameter in parameters],
-            list(map(Tensor.data_ptr, parameters)),
-            list(map(Tensor.stride, parameters)),
-            list(map(Tensor.size, parameters)),
-            list(map(np.ndarray.tobytes, self._samples)),
+        # In this order: what was sampled may have been freed, as by `share_memory_()`.
+        return _signs(parameters) == self._signs and all(
+            map(torch.equal, self._samples, self._sampled)
         )
+
+
+def _signs(parameters: Sequence[nn.Parameter]) -> tuple[list, ...]:
+    return (
+        [parameter._version for parameter in parameters],
+        list(map(Tensor.data_ptr, parameters)),
+        list(map(Tensor.stride, parameters)),
+        list(map(Tensor.size, parameters)),
+    )
 
 
 class _Packed(NamedTuple):

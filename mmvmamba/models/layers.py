@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvmamba.models import cpu, plans
 from mmvmamba.models.arguments import check_choice
-from mmvmamba.models.plans import KeepsPrepared, Step, plan_of, runs_as
+from mmvmamba.models.plans import KeepsPrepared, Step, is_plain, plan_of, runs_as
 from mmvmamba.models.recompute import LinearOf, Origin, origin_of, with_origin
 from mmvmamba_kernels import add_layer_norm, layer_norm
 from mmvmamba_kernels.dispatch import plain_or_pinned
@@ -118,9 +118,10 @@ def plan_linear(
         shape: Of the map, (B, C, H, W), whose C is the layer's inputs.
         act: The activation.
     """
-    if not runs_as(layer, nn.Linear) or layer.in_features != shape[1]:
+    if not runs_as(layer, nn.Linear) or not is_plain(layer, "weight"):
         return None
-    return cpu.planned(shape, layer.weight, layer.bias, act=act)
+    fits = layer.weight.dim() == 2 and layer.weight.shape[1] == shape[1]
+    return cpu.planned(shape, layer.weight, layer.bias, act=act) if fits else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -217,16 +218,6 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
         y = layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=self.out_dtype(x))
         return self.noted(y, x)
 
-    @plan_of(forward)
-    def plan(self, shape: tuple[int, ...]) -> Step | None:
-        """What `forward` does with maps of a shape, see `plans`."""
-        weight = self.weight
-        # Another implementation than PyTorch's may have been asked for.
-        named = plain_or_pinned("layer_norm", weight.device, weight.dtype)
-        if self.normalized_shape != (shape[-1],) or named is not None:
-            return None
-        return lambda x: F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-
     def of_sum(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """`x + scale * branch`, `scale` being one factor per sample, and its normalisation."""
         total, y = add_layer_norm(
@@ -239,6 +230,19 @@ class LayerNorm(KeepsFloat32, nn.LayerNorm):
             out_dtype=self.out_dtype(x),
         )
         return total, self.noted(y, total)
+
+    @plan_of(forward, of_sum, out_dtype)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """What `forward` does with maps of a shape, see `plans`."""
+        if not is_plain(self, "weight", "bias"):
+            return None
+        weight = self.weight
+        # Another implementation than PyTorch's may have been asked for.
+        named = plain_or_pinned("layer_norm", weight.device, weight.dtype)
+        fits = self.normalized_shape == weight.shape == self.bias.shape == (shape[-1],)
+        if not fits or named is not None:
+            return None
+        return lambda x: F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 def build_norm(norm: NormName, channels: int, stream: bool = False) -> nn.Module:
@@ -299,6 +303,10 @@ class DropPath(nn.Module):
             return x + branch
         mask = mask.to(branch.dtype).view(-1, *(1,) * (branch.dim() - 1))
         return torch.addcmul(x, branch, mask, value=1 / (1 - self.drop_prob))
+
+    @plan_of(forward, scale, _mask)
+    def plan(self, shape: tuple[int, ...]) -> Step | None:
+        """None: in evaluation it is a sum, which the block's plan has."""
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -400,8 +408,8 @@ class Mlp(KeepsPrepared):
         hidden = plan_linear(self.fc1, (batch, channels, height, width), self.act)
         if hidden is None:
             return None
-        out = plan_linear(self.fc2, (batch, self.fc1.out_features, height, width))
-        if out is None:
+        out = plan_linear(self.fc2, (batch, self.fc1.weight.shape[0], height, width))
+        if out is None or self.fc2.weight.shape[0] != channels:
             return None
         return lambda x: out(hidden(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
@@ -483,7 +491,10 @@ class VSSBlock(KeepsPrepared):
     @plan_of(forward, _forward)
     def plan(self, shape: tuple[int, ...]) -> Step | None:
         """What `_forward` does with maps of a shape, see `plans`."""
-        if self.norm_kind != "ln" or not runs_as(self.drop_path, DropPath):
+        drop_path = self.drop_path
+        if self.norm_kind != "ln" or type(drop_path) is not DropPath:
+            return None
+        if not runs_as(drop_path, DropPath):
             return None
         names = ("norm", "op") if self.mlp is None else ("norm", "op", "norm2", "mlp")
         steps = [plans.make(getattr(self, name), shape) for name in names]
@@ -492,11 +503,15 @@ class VSSBlock(KeepsPrepared):
         norm, op, *second = steps
 
         def run(x: Tensor) -> Tensor:
-            # What a branch returns is nobody else's.
-            x = op(norm(x)).add_(x)
+            x = _sum(x, op(norm(x)))
             if second:
                 norm2, mlp = second
-                x = mlp(norm2(x)).add_(x)
+                x = _sum(x, mlp(norm2(x)))
             return x
 
         return run
+
+
+def _sum(x: Tensor, branch: Tensor) -> Tensor:
+    """`x + branch`, in the memory of the branch, which nobody else has, where the strides fit."""
+    return branch.add_(x) if x.is_contiguous() else x + branch

@@ -51,6 +51,26 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
+# PyTorch's own, taken when nobody has changed them yet.
+_OF_TORCH = tuple(
+    (kind, name, getattr(kind, name))
+    for kind, name in (
+        (nn.Module, "__call__"),
+        (nn.Linear, "forward"),
+        (nn.Conv2d, "forward"),
+        (nn.Dropout, "forward"),
+    )
+)
+
+
+def is_plain(module: nn.Module, *names: str) -> bool:
+    """Whether these attributes of a module are parameters, none of them absent."""
+    return all(
+        isinstance(module._parameters.get(name), nn.Parameter) and name not in vars(module)
+        for name in names
+    )
+
+
 def plan_of(*functions: Callable) -> Callable[[Maker], Maker]:
     """Says of which of a class's functions its method `plan` is the plan.
 
@@ -88,9 +108,8 @@ class Plan:
         self._hooks = [d for m in modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._parameters = list(module.parameters())
         self._snapshot = cpu.Snapshot(self._parameters)
-        self._functions = [
-            (kind, *function) for kind in set(self._kinds) for function in _planned(kind)
-        ]
+        planned = ((kind, *function) for kind in set(self._kinds) for function in _planned(kind))
+        self._functions = (*_OF_TORCH, *planned)
 
     def holds(self, module: nn.Module, shape: tuple[int, ...]) -> bool:
         """Whether this is what the module does with maps of such a shape, as it is now."""
@@ -149,7 +168,7 @@ class KeepsPrepared(nn.Module):
 
 def run(module: KeepsPrepared, x: Tensor) -> Tensor | None:
     """What the module's plan makes of `x`; None if it has none, here and now."""
-    if torch.is_grad_enabled() or not cpu.serves(x):
+    if torch.is_grad_enabled() or x.dim() != 4 or not cpu.serves(x):
         return None
     kept = vars(module).setdefault("_kept", _Kept())
     plan = kept.plan
@@ -161,31 +180,38 @@ def run(module: KeepsPrepared, x: Tensor) -> Tensor | None:
 
 
 def make(module: nn.Module, shape: tuple[int, ...]) -> Step | None:
-    """A step of another module's plan: a call of `module` with maps of a shape.
+    """A step of another module's plan: a call of `module` with maps (B, H, W, C) of a shape.
 
     None if that is more than its forward pass, or if its class has no plan of that.
     """
-    return _step(module, shape) if runs_as(module, type(module)) else None
+    if not _planned(type(module)) or getattr(module, "channel_first", False):
+        return None
+    return module.plan(shape) if runs_as(module, type(module)) else None
 
 
 def _make(module: KeepsPrepared, x: Tensor) -> Plan | None:
-    parameters = list(module.parameters())
+    parts, parameters = list(module.modules()), list(module.parameters())
     if (
-        any(m.training for m in module.modules())
+        not all(map(_is_known, parts))
         or not cpu.serves(x, *parameters)
         or not all(map(cpu.shows_changes, parameters))
     ):
         return None
-    step = _step(module, x.shape)
-    return None if step is None else Plan(module, x.shape, step)
+    step = module.plan(tuple(x.shape))
+    plan = None if step is None else Plan(module, x.shape, step)
+    return plan if plan is not None and plan.holds(module, x.shape) else None
 
 
-def _step(module: nn.Module, shape: tuple[int, ...]) -> Step | None:
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module does in evaluation what its class says, by parameters alone."""
     kind = type(module)
-    functions = _planned(kind)
-    if not functions or any(getattr(kind, name) is not f for name, f in functions):
-        return None
-    return module.plan(tuple(shape))
+    return (
+        (kind in (nn.Linear, nn.Conv2d, nn.Dropout) or bool(_planned(kind)))
+        and not module.training
+        and not module._buffers
+        # A method that was set on the instance.
+        and not any(map(callable, vars(module).values()))
+    )
 
 
 def _planned(kind: type[nn.Module]) -> tuple[tuple[str, Callable], ...]:

@@ -20,7 +20,7 @@ from mmvmamba.models.layers import (
     plan_linear,
     project,
 )
-from mmvmamba.models.plans import KeepsPrepared, Step, plan_of, runs_as
+from mmvmamba.models.plans import KeepsPrepared, Step, is_plain, plan_of, runs_as
 from mmvmamba_kernels import (
     depthwise_conv,
     selective_scan,
@@ -237,13 +237,19 @@ class SS2D(KeepsFloat32, KeepsPrepared):
         """Splits the official joint dimension of directions and channels."""
         return parameter.unflatten(0, (self.directions, -1))
 
-    @plan_of(forward, _scan)
+    @plan_of(forward, _scan, _scan_parameters, _per_direction)
     def plan(self, shape: tuple[int, ...]) -> Step | None:
         """What `forward` does with maps of a shape, see `plans`."""
         if self.scan == "cascade2d" or not runs_as(self.dropout, nn.Dropout):
             return None
+        names = "x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"
+        if not is_plain(self, *names):
+            return None
         batch, height, width, channels = shape
-        inner = self.x_proj_weight.shape[-1]
+        directions, inner, rank = self.dt_projs_weight.shape
+        rows = directions, rank + 2 * self.A_logs.shape[-1]
+        if self.x_proj_weight.shape != (*rows, inner):
+            return None
         first = batch, inner, height, width
         into, conv, norm, out = (
             plan_linear(self.in_proj, (batch, channels, height, width)),
@@ -253,8 +259,10 @@ class SS2D(KeepsFloat32, KeepsPrepared):
         )
         if None in (into, conv, norm, out):
             return None
+        ends = self.in_proj.weight.shape[0], self.out_proj.weight.shape[0]
+        if ends != (inner * (1 + self.gated), channels):
+            return None
         proj = cpu.planned(first, self.x_proj_weight, None)
-        rows = self.x_proj_weight.shape[:2]
         scan = prepare((batch, height, width, inner), *self._scan_parameters(), pattern=self.scan)
 
         def run(x: Tensor) -> Tensor:
@@ -440,7 +448,9 @@ def plan_convolve(
     if conv is None:
         # On the same view: for others PyTorch may have other kernels, which round otherwise.
         return lambda x: ACTIVATIONS[act](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    if not runs_as(conv, nn.Conv2d) or not is_depthwise_3x3(conv) or conv.groups != shape[1]:
+    if not runs_as(conv, nn.Conv2d) or not is_depthwise_3x3(conv) or not is_plain(conv, "weight"):
+        return None
+    if conv.groups != shape[1] or conv.weight.shape != (shape[1], 1, 3, 3):
         return None
     return cpu.planned(shape, conv.weight, conv.bias, (1, 1), (1, 1), conv.groups, act)
 

@@ -6,6 +6,7 @@ import gc
 import io
 import threading
 import weakref
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -140,6 +141,38 @@ def parametrized(block):
         block.op.in_proj.parametrizations.weight.original0.mul_(2)
 
 
+def parametrized_by_a_buffer(block):
+    nn.utils.parametrizations.spectral_norm(block.op.in_proj)
+    block.eval()
+
+
+def a_buffer_in_place_of_a_parameter(block):
+    values = block.op.A_logs.detach() + 0.5
+    del block.op.A_logs
+    block.op.register_buffer("A_logs", values)
+
+
+def a_tensor_in_place_of_a_parameter(block):
+    values = 0.5 * block.mlp.fc1.weight.detach()
+    del block.mlp.fc1.weight
+    block.mlp.fc1.weight = values
+
+
+def a_method_of_an_instance(block):
+    scan = block.op._scan
+    block.op._scan = lambda x: 2 * scan(x)
+
+
+def a_norm_of_an_instance(block):
+    of_sum = block.norm2.of_sum
+    block.norm2.of_sum = lambda *args: [2 * t for t in of_sum(*args)]
+
+
+class Halved(layers.DropPath):
+    def scale(self, x):
+        return torch.full((len(x),), 0.5)
+
+
 def every_parameter_in_place(block):
     with torch.no_grad():
         for parameter in block.parameters():
@@ -174,6 +207,12 @@ CHANGES = {
     of_another_class: False,
     pruned_by_hand: True,
     parametrized: False,
+    parametrized_by_a_buffer: False,
+    a_buffer_in_place_of_a_parameter: False,
+    a_tensor_in_place_of_a_parameter: False,
+    a_method_of_an_instance: False,
+    a_norm_of_an_instance: False,
+    attribute("drop_path", Halved(0.5).eval()): False,
     every_parameter_in_place: True,
     every_parameter_by_data: True,
     one_scan_parameter_by_data: True,
@@ -201,6 +240,65 @@ def test_a_plan_ends_with_what_it_was_made_of(change):
     assert torch.equal(check(block, x, planned=CHANGES[change]), after)
 
 
+def wide_kernel(block):
+    block.op.conv2d.weight = nn.Parameter(torch.randn(CHANNELS, 1, 5, 5))
+
+
+def more_states(block):
+    block.op.A_logs = nn.Parameter(torch.zeros(4 * CHANNELS, 16))
+
+
+def fewer_rows(block):
+    block.op.x_proj_weight.data = block.op.x_proj_weight.data[:, :2].contiguous()
+
+
+def no_bias(block):
+    block.norm.bias = None
+
+
+@pytest.mark.parametrize("change", [wide_kernel, more_states, fewer_rows, no_bias])
+def test_what_cannot_be_computed_is_told_every_time(change):
+    block, x = build(), map_of(1, 5, 7)
+    check(block, x)
+    change(block)
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises((ValueError, TypeError)):
+            block(x)
+
+
+def test_an_mlp_that_was_pruned_by_hand_runs_whatever_its_attributes_say():
+    block, x = build(), map_of(1, 5, 7)
+    check(block, x)
+    pruned_by_hand(block)
+    block.mlp.fc1.out_features = block.mlp.fc2.in_features = 4 * CHANNELS
+    check(block, x)
+
+
+def test_parameters_that_are_shared_or_taken_away_are_not_read_where_they_were():
+    block, x = build(), map_of(1, 5, 7)
+    y = check(block, x)
+    # As for another process: the memory that the parameters had is given back.
+    ForkingPickler.dumps(block)
+    assert torch.equal(check(block, x), y)
+    # As for offloading, where it comes back.
+    block = copy.deepcopy(block)
+    check(block, x)
+    storage, values = block.mlp.fc1.weight.untyped_storage(), block.mlp.fc1.weight.detach().clone()
+    storage.resize_(0)
+    storage.resize_(values.untyped_storage().nbytes())
+    block.mlp.fc1.weight.data.copy_(values)
+    assert torch.equal(check(block, x), y)
+
+
+def test_mixers_of_other_kinds_run_without_a_plan():
+    mixer, x = ss2d.SS2D(CHANNELS).eval(), map_of(1, 5, 7)
+    with torch.no_grad():
+        traced = torch.jit.trace(mixer, x, check_trace=False)
+    check(layers.VSSBlock(CHANNELS, traced).eval(), x, planned=False)
+    nested = official.VSSBlock(5, channel_first=True).eval()
+    check(layers.VSSBlock(CHANNELS, nested).eval(), torch.randn(1, 5, CHANNELS, CHANNELS), False)
+
+
 def test_hooks_of_all_modules_see_every_part():
     block, x, seen = build(), map_of(1, 5, 7), []
     check(block, x)
@@ -218,9 +316,24 @@ def test_classes_that_are_changed_are_run_as_they_are(monkeypatch):
         patch.setattr(layers.Mlp, "forward", lambda self, x: 0 * x)
         assert not torch.equal(check(block, x, planned=False), before)
     check(block, x)
-    patched = layers.LayerNorm.forward
-    monkeypatch.setattr(layers.LayerNorm, "forward", lambda self, x: 2 * patched(self, x))
-    assert not torch.equal(check(build(), x, planned=False), before)
+    for kind, name in (
+        (nn.Dropout, "forward"),
+        (layers.DropPath, "forward"),
+        (layers.LayerNorm, "forward"),
+        (layers.LayerNorm, "of_sum"),
+        (ss2d.SS2D, "_scan_parameters"),
+        (nn.Module, "__call__"),
+    ):
+        original = getattr(kind, name)
+
+        def doubled(*args, original=original, **kwargs):
+            result = original(*args, **kwargs)
+            return [2 * t for t in result] if isinstance(result, tuple) else 2 * result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, doubled)
+            assert not torch.equal(check(build(), x, planned=False), before)
+        check(block, x)
 
 
 def test_a_subclass_has_no_plan_of_its_base():

@@ -121,10 +121,18 @@ def prepare(
     arguments = Arguments(x, proj, dt_weight, dt_bias, A, D, pattern=pattern)
     check_arguments(_OP, arguments)
     implementation = choose(_OP, AUTO, _operator.problem(arguments))[0].load()
+    shapes = x.shape, proj.shape
+    prepared = None
     if x.is_cpu and hasattr(implementation, "prepare"):
-        return implementation.prepare(arguments)
-    parameters = dt_weight, dt_bias, A, D
-    return lambda x, proj: selective_scan_2d(x, proj, *parameters, pattern=pattern)
+        prepared = implementation.prepare(arguments)
+
+    def run(x: Tensor, proj: Tensor) -> Tensor:
+        # What is prepared writes where these shapes say.
+        if prepared is None or (x.shape, proj.shape) != shapes or x.dtype != D.dtype:
+            return selective_scan_2d(x, proj, dt_weight, dt_bias, A, D, pattern=pattern)
+        return prepared(x, proj)
+
+    return run
 
 
 def check_arguments(op: str, arguments: Arguments) -> None:
