@@ -66,9 +66,11 @@ class Snapshot:
     NumPy may go unseen until the next `eval()`: PyTorch cannot tell either.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]):
+    def __init__(self, parameters: Sequence[nn.Parameter], copied: Sequence[nn.Parameter]):
+        """`copied` are those of them whose values were copied: others may change in place."""
         # These hold the memory, so that nothing else comes to be there.
-        self._samples = [_samples(parameter.detach()) for parameter in parameters]
+        self._memory = [parameter.detach() for parameter in parameters]
+        self._samples = [_samples(parameter.detach()) for parameter in copied]
         self._sampled = [samples.clone() for samples in self._samples]
         self._signs = _signs(parameters)
 
@@ -213,7 +215,7 @@ def _pack(weight: nn.Parameter, geometry: _Geometry) -> Tensor:
             _kernel(weight.detach()).contiguous().to_mkldnn(),
             *(padding, stride, (1, 1), groups, shape),
         )
-        packed = _packed[weight] = _Packed(copy, geometry, Snapshot([weight]))
+        packed = _packed[weight] = _Packed(copy, geometry, Snapshot([weight], [weight]))
     return packed.copy
 
 

@@ -107,7 +107,15 @@ class Plan:
         # The module's own hooks are called around its forward pass.
         self._hooks = [d for m in modules[1:] for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._parameters = list(module.parameters())
-        self._snapshot = cpu.Snapshot(self._parameters)
+        # Biases, and what norms multiply by, are used where they are.
+        copied = [
+            parameter
+            for m in modules
+            if not isinstance(m, nn.LayerNorm)
+            for name, parameter in m._parameters.items()
+            if name != "bias"
+        ]
+        self._snapshot = cpu.Snapshot(self._parameters, copied)
         planned = ((kind, *function) for kind in set(self._kinds) for function in _planned(kind))
         self._functions = (*_OF_TORCH, *planned)
 
