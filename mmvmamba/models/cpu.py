@@ -41,7 +41,7 @@ SMALL = 4096
 """Elements of a parameter up to which all of them are samples."""
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """How a kernel goes over which maps."""
 
     shape: tuple[int, ...]
@@ -95,7 +95,7 @@ class _Packed(NamedTuple):
     """A weight as oneDNN wants it for some maps."""
 
     copy: Tensor
-    geometry: _Geometry
+    geometry: Geometry
     weight: Snapshot
 
 
@@ -158,7 +158,7 @@ def convolve(
         (B, O, H', W'), in the channels_last memory format.
     """
     if not records(x, weight, bias):
-        return planned(tuple(x.shape), weight, bias, stride, padding, groups, act)(x)
+        return planned(Geometry(tuple(x.shape), stride, padding, groups), weight, bias, act)(x)
     pointwise = tuple(weight.shape[2:]) == (1, 1) and weight.dim() == 4
     if AVX512 or groups > 1 or pointwise:
         return F.conv2d(x, _kernel(weight), bias, stride, padding, groups=groups)
@@ -166,22 +166,16 @@ def convolve(
 
 
 def planned(
-    shape: tuple[int, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    groups: int = 1,
-    act: str | None = None,
+    geometry: Geometry, weight: Tensor, bias: Tensor | None, act: str | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """:func:`convolve` without gradients, for maps of one shape, (B, C, H, W).
+    """:func:`convolve` without gradients, for maps of one shape.
 
     The function that it returns need not see that parameters change.
     """
     attr, algorithm = ACTIVATIONS[act]
     operator = torch.ops.mkldnn._convolution_pointwise.default
+    _, stride, padding, groups = geometry
     rest = bias, padding, stride, (1, 1), groups, attr, [], algorithm
-    geometry = _Geometry(shape, stride, padding, groups)
     if not _keeps(weight, geometry):
         kernel = _kernel(weight.detach())
         return lambda x: operator(x, kernel, *rest)
@@ -200,12 +194,12 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight.flatten(0, -2)[:, :, None, None]
 
 
-def _keeps(weight: Tensor, geometry: _Geometry) -> bool:
+def _keeps(weight: Tensor, geometry: Geometry) -> bool:
     """Whether keeping a copy of the weight as oneDNN wants it pays, and can be told from others."""
     return geometry.positions <= PACKED_POSITIONS and shows_changes(weight)
 
 
-def _pack(weight: nn.Parameter, geometry: _Geometry) -> Tensor:
+def _pack(weight: nn.Parameter, geometry: Geometry) -> Tensor:
     """The weight's copy for such maps: the one that is kept, or a new one in its place."""
     packed = _packed.get(weight)
     if packed is None or packed.geometry != geometry or not packed.weight.is_of([weight]):

@@ -121,7 +121,7 @@ def plan_linear(
     if not runs_as(layer, nn.Linear) or not is_plain(layer, "weight"):
         return None
     fits = layer.weight.dim() == 2 and layer.weight.shape[1] == shape[1]
-    return cpu.planned(shape, layer.weight, layer.bias, act=act) if fits else None
+    return cpu.planned(cpu.Geometry(shape), layer.weight, layer.bias, act) if fits else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -491,10 +491,7 @@ class VSSBlock(KeepsPrepared):
     @plan_of(forward, _forward)
     def plan(self, shape: tuple[int, ...]) -> Step | None:
         """What `_forward` does with maps of a shape, see `plans`."""
-        drop_path = self.drop_path
-        if self.norm_kind != "ln" or type(drop_path) is not DropPath:
-            return None
-        if not runs_as(drop_path, DropPath):
+        if self.norm_kind != "ln" or not runs_as(self.drop_path, DropPath):
             return None
         names = ("norm", "op") if self.mlp is None else ("norm", "op", "norm2", "mlp")
         steps = [plans.make(getattr(self, name), shape) for name in names]

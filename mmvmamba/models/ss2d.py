@@ -262,7 +262,7 @@ class SS2D(KeepsFloat32, KeepsPrepared):
         ends = self.in_proj.weight.shape[0], self.out_proj.weight.shape[0]
         if ends != (inner * (1 + self.gated), channels):
             return None
-        proj = cpu.planned(first, self.x_proj_weight, None)
+        proj = cpu.planned(cpu.Geometry(first), self.x_proj_weight, None)
         scan = prepare((batch, height, width, inner), *self._scan_parameters(), pattern=self.scan)
 
         def run(x: Tensor) -> Tensor:
@@ -452,7 +452,8 @@ def plan_convolve(
         return None
     if conv.groups != shape[1] or conv.weight.shape != (shape[1], 1, 3, 3):
         return None
-    return cpu.planned(shape, conv.weight, conv.bias, (1, 1), (1, 1), conv.groups, act)
+    geometry = cpu.Geometry(shape, padding=(1, 1), groups=conv.groups)
+    return cpu.planned(geometry, conv.weight, conv.bias, act)
 
 
 def projection_weight(out_features: int, in_features: int, directions: int = DIRECTIONS) -> Tensor:
