@@ -360,7 +360,7 @@ class SS2D(ss2d.SS2D):
             return super().forward(x)
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    @plan_of(forward, ss2d.SS2D._scan, ss2d.SS2D._scan_parameters, ss2d.SS2D._per_direction)
+    @plan_of(forward)
     def plan(self, shape: tuple[int, ...]) -> Step | None:
         """What `forward` does with maps (B, H, W, C) of a shape, see `plans`."""
         return None if self.channel_first else super().plan(shape)

@@ -17,7 +17,7 @@ from mmvmamba.models import cpu
 from mmvmamba_kernels.dispatch import requested
 
 Step = Callable[[Tensor], Tensor]
-"""From a map to a map, both (B, H, W, C)."""
+"""From a map to a map: (B, H, W, C) for modules, (B, C, H, W) for the layers inside them."""
 
 Maker = Callable[[Any, tuple[int, ...]], Step | None]
 """A method that makes a module's plan for maps of a shape, None where it cannot."""
@@ -223,5 +223,11 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _planned(kind: type[nn.Module]) -> tuple[tuple[str, Callable], ...]:
-    """What the class's own plan is the plan of; nothing if it has no plan of its own."""
-    return getattr(vars(kind).get("plan"), "functions", ())
+    """What the class's own plan is the plan of; nothing if it has no plan of its own.
+
+    A plan calls those of base classes: their functions count too, where it names no others.
+    """
+    if "plan" not in vars(kind):
+        return ()
+    plans = (vars(base).get("plan") for base in reversed(kind.__mro__))
+    return tuple(dict(chain.from_iterable(getattr(p, "functions", ()) for p in plans)).items())

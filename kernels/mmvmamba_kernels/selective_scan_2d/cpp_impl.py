@@ -49,9 +49,12 @@ def forward(scan: Arguments, save_carries: bool) -> tuple[Tensor, Tensor]:
     if scan.x.is_cuda:
         return cuda_impl.forward(scan, save_carries)
     shape = carries_shape(scan) if save_carries else (0,)
-    carries = scan.x.new_empty(shape, dtype=state_dtype(*scan))
-    out = prepare(scan)(scan.x, scan.proj, carries if save_carries else None)
-    return out.to(scan.x.dtype), carries
+    dtype = state_dtype(*scan)
+    carries = scan.x.new_empty(shape, dtype=dtype)
+    # Here, so that what follows finds nothing to convert.
+    x, proj = _dense(scan.x, dtype), _dense(scan.proj, dtype)
+    run = prepare(scan._replace(x=x, proj=proj))
+    return run(x, proj, carries if save_carries else None).to(scan.x.dtype), carries
 
 
 def prepare(scan: Arguments) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -70,7 +73,7 @@ def prepare(scan: Arguments) -> Callable[[Tensor, Tensor, Tensor | None], Tensor
     skips = lists.skips(scan.D.to(dtype)) if scan.partial else None
 
     def run(x: Tensor, proj: Tensor, carries: Tensor | None = None) -> Tensor:
-        x, proj = (t.to(dtype).contiguous() for t in (x, proj))
+        x, proj = _dense(x, dtype), _dense(proj, dtype)
         out = torch.empty_like(x)
         forward(x, proj, out.flatten(1, 2), carries)
         if skips is not None:
@@ -82,7 +85,12 @@ def prepare(scan: Arguments) -> Callable[[Tensor, Tensor, Tensor | None], Tensor
 
 def _rows(maps: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, H, W, ...) as (B, H * W, ...), contiguous."""
-    return maps.to(dtype).contiguous().flatten(1, 2)
+    return _dense(maps, dtype).flatten(1, 2)
+
+
+def _dense(maps: Tensor, dtype: torch.dtype) -> Tensor:
+    """The maps in that dtype, contiguous."""
+    return maps.to(dtype).contiguous()
 
 
 def backward(
