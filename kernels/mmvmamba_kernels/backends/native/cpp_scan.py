@@ -23,7 +23,7 @@ _RANK_LANES = 8
 # Images in a wave: bounds the memory of partial gradients.
 _WAVE_IMAGES = 16
 # Tasks that a wave is divided into if there are enough channels.
-_WAVE_TASKS = 32
+_WAVE_TASKS = 12
 
 # PyTorch's own choice, which ATEN_CPU_CAPABILITY lowers; other machines have one set alone.
 _INSTRUCTION_SETS = {"AVX2": 1, "AVX512": 2}
@@ -81,9 +81,10 @@ class _Params(ctypes.Structure):
         ("padded_rank", c_int64),
         ("grad_parameters", c_void_p),
         ("grad_parameters_slot_stride", c_int64),
+        ("parts", c_void_p),
+        ("parts_group_stride", c_int64),
+        ("parts_slot_stride", c_int64),
         ("grad_coefficients", c_void_p),
-        ("grad_coefficients_group_stride", c_int64),
-        ("grad_coefficients_image_stride", c_int64),
     ]
 
 
@@ -177,33 +178,30 @@ def backward(
     slots = min(max(batch, 1), _WAVE_IMAGES)
     groups = min(max(_WAVE_TASKS // slots, 1), blocks)
     parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
-    partial = scan.x.new_empty((groups, slots, positions, directions, padded_rank + 2 * states))
+    shape = groups, slots, positions, directions, padded_rank + 2 * states
+    # Listed paths may leave positions out.
+    parts = scan.x.new_empty(shape) if scan.table is None else scan.x.new_zeros(shape)
+    grad_coefficients = torch.empty_like(scan.coefficients, memory_format=torch.contiguous_format)
     threads = torch.get_num_threads()
-    parts = _parts(params, grad_x, slots * groups, threads)
-    params.grad_out, params.grad_x = _map(grad_out), _map(parts[0])
+    grads_x = _parts(params, grad_x, slots * groups, threads)
+    params.grad_out, params.grad_x = _map(grad_out), _map(grads_x[0])
     if grad_delta is not None:
         params.grad_delta = _map(grad_delta)
     params.weight_by_channel = by_channel.data_ptr()
     params.grad_parameters = parameters.data_ptr()
     params.grad_parameters_slot_stride = parameters.stride(0)
-    params.grad_coefficients = partial.data_ptr()
-    params.grad_coefficients_group_stride = partial.stride(0)
-    params.grad_coefficients_image_stride = partial.stride(1)
+    params.parts = parts.data_ptr()
+    params.parts_group_stride, params.parts_slot_stride = parts.stride()[:2]
+    params.grad_coefficients = grad_coefficients.data_ptr()
 
-    grad_coefficients = torch.empty_like(scan.coefficients, memory_format=torch.contiguous_format)
     for first in range(0, batch, slots):
         images = min(slots, batch - first)
-        partial.zero_()
         how = _how(params, scan.x.dtype == torch.float64, threads)
         # Plain integers would go as C's int.
         numbers = map(c_int64, (first, images, groups))
         extension.library().mmvmamba_scan_backward(*how, *numbers)
-        total = _sum_in_place(partial)[:images]
-        target = grad_coefficients[first : first + images]
-        target[..., :rank] = total[..., :rank]
-        target[..., rank:] = total[..., padded_rank:]
 
-    _sum_into(grad_x, parts)
+    _sum_into(grad_x, grads_x)
     total = _sum_in_place(parameters)[:, :channels]
     of_direction = total[:-1].unflatten(0, (directions, rows))
     return (

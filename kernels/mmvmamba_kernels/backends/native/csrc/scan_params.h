@@ -101,13 +101,16 @@ struct ScanParams {
   int64_t grad_parameters_slot_stride;
 
   // (channel groups, slots, P, K, padded rank + 2N): what a group of channels adds to the gradient
-  // of the coefficients.
+  // of the coefficients. Only positions on no path have to be zero beforehand.
+  T* parts;
+  int64_t parts_group_stride;
+  int64_t parts_slot_stride;
+
+  // (B, P, K, R + 2N), contiguous.
   T* grad_coefficients;
-  int64_t grad_coefficients_group_stride;
-  int64_t grad_coefficients_image_stride;
 
   int64_t blocks() const { return padded_channels / kLanes; }
-  int64_t grad_coefficients_row() const { return padded_rank + 2 * states; }
+  int64_t parts_row() const { return padded_rank + 2 * states; }
 };
 
 }  // namespace mmvmamba

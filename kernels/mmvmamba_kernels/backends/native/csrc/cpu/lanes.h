@@ -182,13 +182,12 @@ struct Lanes<T, kCount, false> {
 #define MMVMAMBA_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
 #endif
 
-// target[j] += the sum over the lanes of rows[j], in a fixed order. Eight rows in vectors of eight
+// The sums over the lanes of kSums rows, each in a fixed order. Eight rows in vectors of eight
 // lanes are added up side by side, with a third of the instructions of one after the other.
 constexpr int kSums = 8;
 
 template <typename T>
-inline void add_sums(const Lanes<T, kSums>* rows, T* const* target, int64_t offset) {
-  T sums[kSums];
+inline void sum_rows(const Lanes<T, kSums>* rows, T* sums) {
   if constexpr (kSums * sizeof(T) <= kVectorBytes) {
     using Vector = typename Lanes<T, kSums>::Vector;
     using Mask = typename Lanes<T, kSums>::Bits;
@@ -209,7 +208,6 @@ inline void add_sums(const Lanes<T, kSums>* rows, T* const* target, int64_t offs
   } else {
     for (int j = 0; j < kSums; ++j) sums[j] = rows[j].sum();
   }
-  for (int j = 0; j < kSums; ++j) target[j][offset] += sums[j];
 }
 #undef MMVMAMBA_SHUFFLE
 
@@ -303,11 +301,19 @@ inline Softplus<T> softplus(const Lanes<T>& z) {
   const L e = exp_to_max(z.minus_magnitude());
 
   // log(1 + e) = 2 atanh(s) on 0 <= s <= 1/3, without cancellation for small e.
-  const L s = e / (e + L(T(2)));
-  // `positive` is zero for NaN, but e is not.
+  const L upper = e + L(T(2));
   Softplus<T> result;
+  L s;
+  if constexpr (kWithSlope) {
+    // One division gives both quotients.
+    const L lower = e + one, inverse = one / (lower * upper);
+    s = e * lower * inverse;
+    result.slope = where_greater(z, zero, one, e) * (upper * inverse);
+  } else {
+    s = e / upper;
+  }
+  // `positive` is zero for NaN, but e is not.
   result.value = positive + s * polynomial(Real<T>::kAtanh, s * s, T(2));
-  if (kWithSlope) result.slope = where_greater(z, zero, one, e) / (one + e);
   // In float both have rounded to this from 17 on.
   if constexpr (sizeof(T) > sizeof(float)) {
     result.value = where_greater(z, L(T(20)), z, result.value);

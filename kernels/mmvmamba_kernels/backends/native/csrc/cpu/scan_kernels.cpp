@@ -198,22 +198,25 @@ inline void grad_weight_rows(const Tile<T>& tile, const Lanes<T>* grad_raw, int 
   for (int j = 0; j < kCount; ++j) total[j].store(grad_weight + (r + j) * stride);
 }
 
-// grad_low_rank[t] += grad_raw[t] . weight for kCount positions and kRankLanes ranks.
+// grad_low_rank[t] += grad_raw[t] . weight for kCount positions, all ranks; = and not += for the
+// first channels of a group. Both are zero in lanes without a channel.
 template <int kCount, typename T>
-inline void grad_low_rank_rows(const Lanes<T>* grad_raw, const T* weight, int64_t weight_stride,
-                               int64_t lanes, T* const* target, int64_t r) {
+inline void grad_low_rank_rows(const Lanes<T>* grad_raw, const T* weight, int64_t padded_rank,
+                               bool first, T* const* target) {
   using Ranks = Lanes<T, kRankLanes>;
   T values[kCount][kLanes];
-  Ranks total[kCount];
-  for (int j = 0; j < kCount; ++j) {
-    grad_raw[j].store(values[j]);
-    total[j] = Ranks::load(target[j] + r);
+  for (int j = 0; j < kCount; ++j) grad_raw[j].store(values[j]);
+  for (int64_t r = 0; r < padded_rank; r += kRankLanes) {
+    Ranks total[kCount];
+    for (int j = 0; j < kCount; ++j) {
+      total[j] = first ? Ranks(T(0)) : Ranks::load(target[j] + r);
+    }
+    for (int c = 0; c < kLanes; ++c) {
+      const Ranks row = Ranks::load(weight + c * padded_rank + r);
+      for (int j = 0; j < kCount; ++j) total[j] += row * Ranks(values[j][c]);
+    }
+    for (int j = 0; j < kCount; ++j) total[j].store(target[j] + r);
   }
-  for (int64_t c = 0; c < lanes; ++c) {
-    const Ranks row = Ranks::load(weight + c * weight_stride + r);
-    for (int j = 0; j < kCount; ++j) total[j] += row * Ranks(values[j][c]);
-  }
-  for (int j = 0; j < kCount; ++j) total[j].store(target[j] + r);
 }
 
 // The backward pass of one block of channels, in the directions [begin, end).
@@ -223,7 +226,8 @@ struct Backward {
   int begin, end;
   typename ScanParams<T>::Map grad_x;  // What these directions are summed into.
   T* grad_parameters;                  // This slot's.
-  T* grad_coefficients;                // This group's and image's.
+  T* part;                             // This group's and slot's gradient of the coefficients.
+  bool first;                          // Whether a block is its group's first.
 
   Tile<T> tile;
   Lanes<T> slope[kTile];
@@ -234,7 +238,7 @@ struct Backward {
   Lanes<T> state[kTile + 1];  // state[t] enters position t.
   Lanes<T> adjoint[kMaxStates];
   Lanes<T, kSums> grad_b[kTile], grad_c[kTile];  // Sums over the lanes are left to do.
-  T* target[kTile];  // Where the gradients of the rows [low rank | B | C] go.
+  T* target[kTile];                              // The part's rows [low rank | B | C].
 
   Backward(const ScanParams<T>& params, int64_t slot, int64_t group, int begin_, int end_)
       : p(params),
@@ -242,12 +246,12 @@ struct Backward {
         end(end_),
         grad_x(params.grad_x),
         grad_parameters(params.grad_parameters + slot * params.grad_parameters_slot_stride),
-        grad_coefficients(params.grad_coefficients + group * params.grad_coefficients_group_stride +
-                          slot * params.grad_coefficients_image_stride) {
+        part(params.parts + group * params.parts_group_stride + slot * params.parts_slot_stride) {
     grad_x.data += begin * params.sum_direction_stride;
   }
 
-  void run(int64_t image, int64_t block) {
+  void run(int64_t image, int64_t block, bool first_) {
+    first = first_;
     const Direction<T> any(p, image, block, 0);
     if (begin == 0) {
       skip(any);
@@ -305,8 +309,10 @@ struct Backward {
       grad_y[t] = direction.load(p.grad_out, position);
       grad_drive[t] = Lanes<T>(T(0));
       grad_delta[t] = Lanes<T>(T(0));
-      target[t] =
-          grad_coefficients + (position * p.directions + direction.k) * p.grad_coefficients_row();
+      target[t] = part + (position * p.directions + direction.k) * p.parts_row();
+      // Here, since they are needed last.
+      __builtin_prefetch(target[t]);
+      __builtin_prefetch(target[t] + p.padded_rank);
     }
   }
 
@@ -333,16 +339,20 @@ struct Backward {
       grad_rate += grad_log * tile.delta[t];
     }
     adjoint[n] = g;
-    add_rows(grad_b, p.padded_rank + n);
-    add_rows(grad_c, p.padded_rank + p.states + n);
+    add_sums(grad_b, p.padded_rank + n);
+    add_sums(grad_c, p.padded_rank + p.states + n);
     accumulate(grad_parameter(direction, p.rank + 1 + n), grad_rate);
   }
 
   // Adds the sum of each position's lanes to its gradient, at `offset` of the row.
-  void add_rows(const Lanes<T, kSums>* rows, int64_t offset) {
+  void add_sums(const Lanes<T, kSums>* rows, int64_t offset) {
+    T sums[kTile];
     int t = 0;
-    for (; t + kSums <= tile.count; t += kSums) add_sums<T>(rows + t, target + t, offset);
-    for (; t < tile.count; ++t) target[t][offset] += rows[t].sum();
+    for (; t + kSums <= tile.count; t += kSums) sum_rows<T>(rows + t, sums + t);
+    for (; t < tile.count; ++t) sums[t] = rows[t].sum();
+    for (t = 0; t < tile.count; ++t) {
+      target[t][offset] = first ? sums[t] : target[t][offset] + sums[t];
+    }
   }
 
   void finish(const Direction<T>& direction) {
@@ -367,14 +377,12 @@ struct Backward {
 
     const T* weight =
         p.weight_by_channel + (direction.k * p.padded_channels + direction.channel) * p.padded_rank;
-    for (int64_t q = 0; q < p.padded_rank; q += kRankLanes) {
-      int t = 0;
-      for (; t + 8 <= tile.count; t += 8) {
-        grad_low_rank_rows<8>(grad_raw + t, weight, p.padded_rank, direction.lanes, target + t, q);
-      }
-      for (; t < tile.count; ++t) {
-        grad_low_rank_rows<1>(grad_raw + t, weight, p.padded_rank, direction.lanes, target + t, q);
-      }
+    int t = 0;
+    for (; t + 8 <= tile.count; t += 8) {
+      grad_low_rank_rows<8>(grad_raw + t, weight, p.padded_rank, first, target + t);
+    }
+    for (; t < tile.count; ++t) {
+      grad_low_rank_rows<1>(grad_raw + t, weight, p.padded_rank, first, target + t);
     }
   }
 };
@@ -383,7 +391,7 @@ template <typename T>
 void backward(const ScanParams<T>& p, int64_t image, int64_t slot, int64_t group, int64_t first,
               int64_t last, int begin, int end) {
   Backward<T> pass(p, slot, group, begin, end);
-  for (int64_t block = first; block < last; ++block) pass.run(image, block);
+  for (int64_t block = first; block < last; ++block) pass.run(image, block, block == first);
 }
 
 }  // namespace
