@@ -1,12 +1,13 @@
-"""Float32 convolutions on CPUs, and the linear layers that are 1x1 ones, by PyTorch's libraries.
+"""Float32 convolutions and linear layers on CPUs, by PyTorch's libraries.
 
 oneDNN takes the widest vectors that a CPU has, MKL keeps to AVX2 on AMD's. What each is best at:
 
-- Forward, oneDNN. It lays weights out anew in every call, which costs as much as the product where
-  a map has few positions: evaluation keeps the laid-out copy. Activations are applied to results
-  while these are in cache.
-- Backward, MKL where vectors are AVX2's: gradients of linear layers, and of the weights of strided
-  convolutions as products with the patches that these read. oneDNN elsewhere.
+- Without gradients, oneDNN, for which linear layers are 1x1 convolutions. It lays weights out anew
+  in every call, which costs as much as the product where a map has few positions: evaluation keeps
+  the laid-out copy. Activations are applied to results while these are in cache.
+- With gradients, MKL where vectors are AVX2's: linear layers as PyTorch has them, and the gradients
+  of the weights of strided convolutions as products with the patches that these read. oneDNN
+  elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -159,10 +160,27 @@ def convolve(
     """
     if not records(x, weight, bias):
         return planned(Geometry(tuple(x.shape), stride, padding, groups), weight, bias, act)(x)
-    pointwise = tuple(weight.shape[2:]) == (1, 1) and weight.dim() == 4
-    if AVX512 or groups > 1 or pointwise:
-        return F.conv2d(x, _kernel(weight), bias, stride, padding, groups=groups)
-    return _Convolution.apply(x, _kernel(weight), bias, stride, padding)
+    kernel = _kernel(weight)
+    if AVX512 or groups > 1 or tuple(kernel.shape[2:]) == (1, 1):
+        return F.conv2d(x, kernel, bias, stride, padding, groups=groups)
+    return _Convolution.apply(x, kernel, bias, stride, padding)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str | None = None) -> Tensor:
+    """A linear layer on maps that :func:`serves` said yes to.
+
+    Args:
+        x: (B, H, W, C).
+        weight: (..., C), whose outputs O are all but the last dimension.
+        bias: (O,) or None.
+        act: As :func:`convolve`'s.
+
+    Returns:
+        (B, H, W, O).
+    """
+    if AVX512 or not records(x, weight, bias):
+        return convolve(x.permute(0, 3, 1, 2), weight, bias, act=act).permute(0, 2, 3, 1)
+    return F.linear(x, weight.flatten(0, -2), bias)
 
 
 def planned(
@@ -234,7 +252,7 @@ def _samples(weight: Tensor) -> Tensor:
 
 
 class _Convolution(torch.autograd.Function):
-    """`F.conv2d` whose gradients, but for a kernel's in the map, are matrix products."""
+    """`F.conv2d` whose gradients in kernel and bias are a matrix product and a sum."""
 
     @staticmethod
     def forward(
@@ -255,23 +273,19 @@ class _Convolution(torch.autograd.Function):
         rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if tuple(weight.shape[2:]) == (1, 1):
-                sizes = (grad.shape[0], *grad.shape[2:])
-                grad_x = (rows @ weight[:, :, 0, 0]).unflatten(0, sizes).permute(0, 3, 1, 2)
-            else:
-                grad_x = torch.ops.aten.convolution_backward(
-                    grad,
-                    x,
-                    weight,
-                    None,
-                    ctx.stride,
-                    ctx.padding,
-                    (1, 1),
-                    False,
-                    (0, 0),
-                    1,
-                    (True, False, False),
-                )[0]
+            grad_x = torch.ops.aten.convolution_backward(
+                grad,
+                x,
+                weight,
+                None,
+                ctx.stride,
+                ctx.padding,
+                (1, 1),
+                False,
+                (0, 0),
+                1,
+                (True, False, False),
+            )[0]
         if ctx.needs_input_grad[1]:
             kernel = weight.shape[2:]
             patches = _patches(x, kernel, ctx.stride, ctx.padding)
@@ -286,8 +300,6 @@ def _patches(
 ) -> Tensor:
     """What a kernel reads at each of its positions: (B H' W', kernel height * width * C)."""
     x = x.permute(0, 2, 3, 1)
-    if tuple(kernel) == (1, 1):
-        return x.flatten(0, 2)
     x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
     batch, height, width, channels = x.shape
     steps = x.stride()

@@ -104,7 +104,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
         if origin is not None and not is_traceable_wrapper_subclass(weight):
             return _linear_of(x, weight, bias, origin)
         if cpu.serves(x, weight, bias):
-            return _by_convolution(x, weight, bias)
+            return cpu.linear(x, weight, bias)
     return layer(x)
 
 
@@ -132,7 +132,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         weight: (..., C); all dimensions but the last become the result's last.
     """
     if cpu.serves(x, weight):
-        return _by_convolution(x, weight, None)
+        return cpu.linear(x, weight)
     return F.linear(x, weight.flatten(0, -2))
 
 
@@ -145,12 +145,6 @@ def _linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin) -
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     return LinearOf.apply(x, weight, bias, origin.function, origin.inputs)
-
-
-def _by_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: ActivationName | None = None
-) -> Tensor:
-    return cpu.convolve(x.permute(0, 3, 1, 2), weight, bias, act=act).permute(0, 2, 3, 1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -389,7 +383,7 @@ class Mlp(KeepsPrepared):
             return y
         fc1 = self.fc1
         if runs_as(fc1, nn.Linear) and cpu.fuses(x, fc1.weight, fc1.bias):
-            hidden = _by_convolution(x, fc1.weight, fc1.bias, self.act)
+            hidden = cpu.linear(x, fc1.weight, fc1.bias, self.act)
         else:
             x = project(fc1, x)
             act = ACTIVATIONS[self.act]
