@@ -221,6 +221,21 @@ def test_nan_is_not_hidden():
         assert scan_2d(**args).isnan().any(), name
 
 
+# Columns of proj: the low rank, B and C.
+@pytest.mark.parametrize("column", [0, 9, 10])
+def test_what_is_infinite_spoils_no_more_than_in_the_reference(column):
+    # Lanes of a block without a channel compute too, and sums over channels leave them out.
+    arguments = selective_scan_2d_arguments(1, 1, 8, 5, 9, 1, directions=2, seed=0)
+    arguments["proj"].data[0, 0, 5, 0, column] = float("-inf")
+    run = functools.partial(selective_scan_2d, **arguments, pattern="rows")
+    of_cpp, of_reference = (
+        torch.autograd.grad(run(backend=backend).sum(), arguments["proj"])[0].isfinite()
+        for backend in ("cpp", "reference")
+    )
+    assert 0 < of_reference.sum() < of_reference.numel()
+    assert torch.equal(of_cpp, of_reference)
+
+
 @pytest.mark.parametrize("pattern", ["cross2d", "columns"])
 def test_backward_is_deterministic(pattern):
     args = arguments_2d((3, 11, 17, 40, 6, 2), pattern)

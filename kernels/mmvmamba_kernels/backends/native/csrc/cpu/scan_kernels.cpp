@@ -63,6 +63,14 @@ struct Direction {
     store(load(map, position) + value, map, position);
   }
 
+  // Zero in the lanes without a channel, where infinite coefficients have made NaN of zeros.
+  Lanes<T> of_channels(const Lanes<T>& value) const {
+    if (lanes == kLanes) return value;
+    T buffer[kLanes];
+    value.store(buffer);
+    return load_channels(buffer, lanes);
+  }
+
   // The states that enter tile `index` of sequence `s`.
   T* carry(int64_t s, int64_t index) const {
     const int64_t tile = (image * path().sequences + s) * path().tiles() + index;
@@ -329,8 +337,8 @@ struct Backward {
     for (int t = tile.count - 1; t >= 0; --t) {
       const T* weights = tile.row[t] + p.rank + n;
       g += grad_y[t] * Lanes<T>(weights[p.states]);
-      grad_b[t] = (g * tile.drive[t]).fold();
-      grad_c[t] = (state[t + 1] * grad_y[t]).fold();
+      grad_b[t] = direction.of_channels(g * tile.drive[t]).fold();
+      grad_c[t] = direction.of_channels(state[t + 1] * grad_y[t]).fold();
       grad_drive[t] += g * Lanes<T>(weights[0]);
       // What reaches the position before is also the gradient of its state's decay.
       g *= decay[t];
@@ -363,6 +371,7 @@ struct Backward {
       grad_delta[t] += grad_drive[t] * direction.load(p.x, position);
       direction.add(rounded_product(grad_drive[t], tile.delta[t]), grad_x, position);
       if (p.softplus) grad_raw[t] *= slope[t];
+      grad_raw[t] = direction.of_channels(grad_raw[t]);
       grad_bias += grad_raw[t];
       if (p.grad_delta.data) direction.store(grad_raw[t], p.grad_delta, position);
     }
