@@ -81,9 +81,9 @@ class _Params(ctypes.Structure):
         ("padded_rank", c_int64),
         ("grad_parameters", c_void_p),
         ("grad_parameters_slot_stride", c_int64),
-        ("parts", c_void_p),
-        ("parts_group_stride", c_int64),
-        ("parts_slot_stride", c_int64),
+        ("partials", c_void_p),
+        ("partials_group_stride", c_int64),
+        ("partials_slot_stride", c_int64),
         ("grad_coefficients", c_void_p),
     ]
 
@@ -180,7 +180,7 @@ def backward(
     parameters = scan.x.new_zeros((slots, directions * rows + 1, padded))
     shape = groups, slots, positions, directions, padded_rank + 2 * states
     # Listed paths may leave positions out.
-    parts = scan.x.new_empty(shape) if scan.table is None else scan.x.new_zeros(shape)
+    partials = scan.x.new_empty(shape) if scan.table is None else scan.x.new_zeros(shape)
     grad_coefficients = torch.empty_like(scan.coefficients, memory_format=torch.contiguous_format)
     threads = torch.get_num_threads()
     grads_x = _parts(params, grad_x, slots * groups, threads)
@@ -190,8 +190,8 @@ def backward(
     params.weight_by_channel = by_channel.data_ptr()
     params.grad_parameters = parameters.data_ptr()
     params.grad_parameters_slot_stride = parameters.stride(0)
-    params.parts = parts.data_ptr()
-    params.parts_group_stride, params.parts_slot_stride = parts.stride()[:2]
+    params.partials = partials.data_ptr()
+    params.partials_group_stride, params.partials_slot_stride = partials.stride()[:2]
     params.grad_coefficients = grad_coefficients.data_ptr()
 
     for first in range(0, batch, slots):

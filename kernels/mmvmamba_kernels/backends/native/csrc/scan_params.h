@@ -102,15 +102,15 @@ struct ScanParams {
 
   // (channel groups, slots, P, K, padded rank + 2N): what a group of channels adds to the gradient
   // of the coefficients. Only positions on no path have to be zero beforehand.
-  T* parts;
-  int64_t parts_group_stride;
-  int64_t parts_slot_stride;
+  T* partials;
+  int64_t partials_group_stride;
+  int64_t partials_slot_stride;
 
   // (B, P, K, R + 2N), contiguous.
   T* grad_coefficients;
 
   int64_t blocks() const { return padded_channels / kLanes; }
-  int64_t parts_row() const { return padded_rank + 2 * states; }
+  int64_t partials_row() const { return padded_rank + 2 * states; }
 };
 
 }  // namespace mmvmamba

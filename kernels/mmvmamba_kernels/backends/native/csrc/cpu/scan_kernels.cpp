@@ -234,7 +234,7 @@ struct Backward {
   int begin, end;
   typename ScanParams<T>::Map grad_x;  // What these directions are summed into.
   T* grad_parameters;                  // This slot's.
-  T* part;                             // This group's and slot's gradient of the coefficients.
+  T* partial;                          // This group's and slot's gradient of the coefficients.
   bool first;                          // Whether a block is its group's first.
 
   Tile<T> tile;
@@ -246,7 +246,7 @@ struct Backward {
   Lanes<T> state[kTile + 1];  // state[t] enters position t.
   Lanes<T> adjoint[kMaxStates];
   Lanes<T, kSums> grad_b[kTile], grad_c[kTile];  // Sums over the lanes are left to do.
-  T* target[kTile];                              // The part's rows [low rank | B | C].
+  T* target[kTile];                              // The partial's rows [low rank | B | C].
 
   Backward(const ScanParams<T>& params, int64_t slot, int64_t group, int begin_, int end_)
       : p(params),
@@ -254,7 +254,8 @@ struct Backward {
         end(end_),
         grad_x(params.grad_x),
         grad_parameters(params.grad_parameters + slot * params.grad_parameters_slot_stride),
-        part(params.parts + group * params.parts_group_stride + slot * params.parts_slot_stride) {
+        partial(params.partials + group * params.partials_group_stride +
+                slot * params.partials_slot_stride) {
     grad_x.data += begin * params.sum_direction_stride;
   }
 
@@ -317,7 +318,7 @@ struct Backward {
       grad_y[t] = direction.load(p.grad_out, position);
       grad_drive[t] = Lanes<T>(T(0));
       grad_delta[t] = Lanes<T>(T(0));
-      target[t] = part + (position * p.directions + direction.k) * p.parts_row();
+      target[t] = partial + (position * p.directions + direction.k) * p.partials_row();
       // Here, since they are needed last.
       __builtin_prefetch(target[t]);
       __builtin_prefetch(target[t] + p.padded_rank);

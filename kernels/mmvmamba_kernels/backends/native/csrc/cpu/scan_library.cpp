@@ -45,26 +45,27 @@ void forward(const ScanKernels<T>& kernels, const void* params, int64_t images, 
   });
 }
 
-// The gradient of the coefficients of `images` images from `first` on: the groups' parts, added up
-// in their order.
+// The gradient of the coefficients of `images` images from `first` on: the groups' partial sums,
+// added up in their order.
 template <typename T>
-void add_parts(const ScanParams<T>& p, int64_t first, int64_t images, int64_t groups, int threads) {
+void add_partials(const ScanParams<T>& p, int64_t first, int64_t images, int64_t groups,
+                  int threads) {
   constexpr int64_t kPositions = 64;  // Their rows stay in the cache between the groups.
   const int64_t chunks = (p.positions + kPositions - 1) / kPositions;
-  const int64_t tail = p.parts_row() - p.padded_rank;
+  const int64_t tail = p.partials_row() - p.padded_rank;
 #pragma omp parallel for num_threads(threads)
   for (int64_t task = 0; task < images * chunks; ++task) {
     const int64_t slot = task / chunks, begin = task % chunks * kPositions;
     const int64_t end = begin + kPositions < p.positions ? begin + kPositions : p.positions;
-    const int64_t rows = (end - begin) * p.directions, size = rows * p.parts_row();
-    T* sum = p.parts + slot * p.parts_slot_stride + begin * p.directions * p.parts_row();
+    const int64_t rows = (end - begin) * p.directions, size = rows * p.partials_row();
+    T* sum = p.partials + slot * p.partials_slot_stride + begin * p.directions * p.partials_row();
     for (int64_t group = 1; group < groups; ++group) {
-      const T* part = sum + group * p.parts_group_stride;
-      for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+      const T* partial = sum + group * p.partials_group_stride;
+      for (int64_t i = 0; i < size; ++i) sum[i] += partial[i];
     }
     T* target = p.grad_coefficients +
                 ((first + slot) * p.positions + begin) * p.directions * (p.rank + tail);
-    for (int64_t row = 0; row < rows; ++row, sum += p.parts_row(), target += p.rank + tail) {
+    for (int64_t row = 0; row < rows; ++row, sum += p.partials_row(), target += p.rank + tail) {
       std::memcpy(target, sum, p.rank * sizeof(T));
       std::memcpy(target + p.rank, sum + p.padded_rank, tail * sizeof(T));
     }
@@ -79,7 +80,7 @@ void backward(const ScanKernels<T>& kernels, const void* params, int64_t first, 
     kernels.backward(p, first + slot, slot, group, group * p.blocks() / groups,
                      (group + 1) * p.blocks() / groups, begin, end);
   });
-  add_parts(p, first, images, groups, threads);
+  add_partials(p, first, images, groups, threads);
 }
 
 }  // namespace
